@@ -1,0 +1,163 @@
+"""Random resized crops of a whole batch: boxes, resize weights, and two matrix products per sample.
+
+A crop with resize is separable and linear: `rows @ image @ columns`, where the weights carry the box, the flip and an
+antialiased bicubic kernel. It equals torchvision's crop followed by an antialiased bicubic resize of float images.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+ATTEMPTS = 10
+TABLE_LIMIT = 4 * 2**20
+"""Weights of all boxes are kept in a table up to this many numbers (16 MiB); beyond, they are computed per batch."""
+CHUNK_VALUES = 2**18
+"""Pixel values worked on at a time on a CPU: about 1 MiB of floats, so that they stay in its cache."""
+
+
+def draw_boxes(
+    n: int, views: int, side: int, scale: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator
+) -> Tensor:
+    """Boxes as torchvision's `RandomResizedCrop.get_params` draws them, for square images.
+
+    Up to ten attempts draw an area (uniform) and an aspect ratio (log-uniform); the first that fits is placed
+    uniformly. If none fits, the box is central, with the nearest ratio allowed.
+
+    Args:
+        n: Samples.
+        views: Boxes per sample.
+        side: Side of the images, in pixels.
+        scale: Range of the area, as a fraction of the image's.
+        ratio: Range of width / height.
+        generator: Source of randomness, on the CPU.
+
+    Returns:
+        int64 `[n, views, 4]`: top, left, height, width.
+    """
+    # Double precision: a single-precision uniform number times the range could round up to its excluded end.
+    uniform = torch.rand(4, n, views, ATTEMPTS, generator=generator, dtype=torch.float64)
+    area = side * side * (scale[0] + (scale[1] - scale[0]) * uniform[0])
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    aspect = torch.exp(low + (high - low) * uniform[1])
+    height, width = (area / aspect).sqrt_().round_(), (area * aspect).sqrt_().round_()
+    fits = (height > 0) & (height <= side) & (width > 0) & (width <= side)
+    first = fits.byte().argmax(-1, keepdim=True)
+    top, left = uniform[2] * (side - height + 1), uniform[3] * (side - width + 1)
+    boxes = torch.stack([top, left, height, width], -1).floor_().long()
+    boxes = boxes.gather(2, first[..., None].expand(-1, -1, -1, 4)).squeeze(2)
+    return torch.where(fits.any(-1, keepdim=True), boxes, torch.tensor(central_box(side, ratio)))
+
+
+def central_box(side: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+    """The box for a square image on which ten attempts failed: `(top, left, height, width)`."""
+    height = width = side
+    if ratio[0] > 1:
+        height = round(side / ratio[0])
+    elif ratio[1] < 1:
+        width = round(side * ratio[1])
+    return (side - height) // 2, (side - width) // 2, height, width
+
+
+def resize_weights(start: Tensor, length: Tensor, flip: Tensor, in_size: int, out_size: int) -> Tensor:
+    """Weights that resize the pixels `start .. start + length - 1` of a line to `out_size` pixels.
+
+    The kernel is bicubic (a = -0.5) and widened when shrinking (antialiased), as in Pillow and in torch's
+    `interpolate(mode="bicubic", antialias=True)`; pixels outside the box have no weight.
+
+    Args:
+        start: First pixel of the box, integers `[n]`.
+        length: Pixels of the box, integers `[n]`.
+        flip: Whether the resized line is reversed, bool `[n]`.
+        in_size: Pixels of the whole line.
+        out_size: Pixels of the resized line.
+
+    Returns:
+        float32 `[n, out_size, in_size]`; every row sums to 1.
+    """
+    target = torch.arange(out_size, device=start.device)
+    source = torch.arange(in_size, device=start.device)
+    target = torch.where(flip[:, None], out_size - 1 - target, target)
+    step = length[:, None] / out_size
+    centre = start[:, None] + (target + 0.5) * step
+    x = (source + 0.5 - centre[..., None]).abs_().div_(step.clamp(min=1.0)[..., None])
+    inside = (source >= start[:, None]) & (source < (start + length)[:, None])
+    weights = _bicubic(x).mul_(inside[:, None])
+    return weights.div_(weights.sum(-1, keepdim=True))
+
+
+def _bicubic(x: Tensor) -> Tensor:
+    """The bicubic kernel (a = -0.5) at distances x >= 0: the outer piece, plus what the inner one has beyond it."""
+    far, near = x.clamp(max=2.0), x.clamp(max=1.0)
+    outer = far.mul(-0.5).add_(2.5).mul_(far).sub_(4.0).mul_(far).add_(2.0)
+    return outer.add_((near - 1).square_().mul_(near.mul(2.0).sub_(1.0)))
+
+
+class Cropper:
+    """Crops square images of one side to square views of another.
+
+    Args:
+        in_size: Side of the images, in pixels.
+        out_size: Side of the views, in pixels.
+    """
+
+    def __init__(self, in_size: int, out_size: int) -> None:
+        self.in_size, self.out_size = in_size, out_size
+        self.boxes = in_size * (in_size + 1) // 2
+
+    def __call__(self, images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
+        """Crop, resize and flip.
+
+        Args:
+            images: float 0..1 `[B, C, in_size, in_size]`.
+            boxes: int64 `[B, 4]`: top, left, height, width.
+            flips: bool `[B]`: mirrored left to right.
+
+        Returns:
+            float `[B, C, out_size, out_size]`, clamped to 0..1 because the kernel overshoots at edges.
+        """
+        top, left, height, width = boxes.unbind(1)
+        rows = self._weights(top, height, torch.zeros_like(flips))
+        columns = self._weights(left, width, flips)
+        B, C, H, W = images.shape
+        lines = torch.bmm(images.reshape(B, C * H, W), columns.transpose(1, 2))
+        return torch.matmul(rows[:, None], lines.view(B, C, H, -1)).clamp_(0.0, 1.0)
+
+    def _weights(self, start: Tensor, length: Tensor, flip: Tensor) -> Tensor:
+        # Compiled, computing them costs no more than reading them; on a GPU the table would have to be there too.
+        tabled = 2 * self.boxes * self.in_size * self.out_size <= TABLE_LIMIT
+        if not tabled or start.device.type != "cpu" or torch.compiler.is_compiling():
+            return resize_weights(start, length, flip, self.in_size, self.out_size)
+        return self.table.index_select(0, self._row(start, length, flip))
+
+    def _row(self, start: Tensor, length: Tensor, flip: Tensor) -> Tensor:
+        """Where the table holds a box: those of one length lie together, the longest first."""
+        shorter = self.in_size - length
+        return (shorter * (shorter + 1)).div_(2, rounding_mode="floor") + start + flip * self.boxes
+
+    @functools.cached_property
+    def table(self) -> Tensor:
+        """Weights of every box, plain and flipped: float32 `[2 * boxes, out_size, in_size]`."""
+        shorter = torch.arange(self.in_size)
+        start = torch.cat([torch.arange(s + 1) for s in range(self.in_size)])
+        length = self.in_size - shorter.repeat_interleave(shorter + 1)
+        flip = torch.arange(2 * self.boxes) >= self.boxes
+        return resize_weights(start.repeat(2), length.repeat(2), flip, self.in_size, self.out_size)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Whole images `[B, C, H, W]` (float 0..1) resized to `[B, C, size, size]`, antialiased bicubic."""
+    whole = torch.zeros(1, dtype=torch.long, device=images.device)
+    plain = torch.zeros(1, dtype=torch.bool, device=images.device)
+    rows, columns = (resize_weights(whole, whole + side, plain, side, size)[0] for side in images.shape[-2:])
+    return (rows @ images @ columns.T).clamp_(0.0, 1.0)
+
+
+def chunks(n: int, values: int) -> list[slice]:
+    """Slices of n samples of `values` numbers each, nearly equal, that stay in a CPU's cache one at a time."""
+    count = max(1, min(n, -(-n * values // CHUNK_VALUES)))
+    edges = [n * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]

@@ -1,0 +1,142 @@
+"""Where images come from: CIFAR-10, a folder, Parquet files, and digits that need no download.
+
+Every source keeps to the same rules. Labels serve measurement only. An image that cannot be read is named, left out
+and recorded, and above `max_bad` the run stops; nothing is ever put in its place. Only JPEG, PNG and WebP are decoded,
+up to 89,478,485 pixels (Pillow's limit against decompression bombs). EXIF orientation is applied, transparency is laid
+on white, 16-bit grey is scaled to 8 bits, CMYK and palettes become RGB by Pillow's plain formulas, colour profiles are
+not applied, and of an animation the first frame is taken.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from sslkit.api import DataInfo, DataSource, ImageSet
+
+__all__ = ["CIFAR10", "Digits", "Folder", "Parquet"]
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class CIFAR10(DataSource):
+    """CIFAR-10: 50,000 training and 10,000 test images of 10 classes, 32 x 32 pixels.
+
+    Krizhevsky, "Learning Multiple Layers of Features from Tiny Images" (2009). Found in `root` as (in this order)
+    the folder `cifar-10-batches-py/`, the archive `cifar-10-python.tar.gz`, or `train*.parquet` and `test*.parquet`
+    in the layout of Hugging Face image data sets; otherwise the archive is downloaded (170 MB). The batches are pickle
+    files: they are opened only where their MD5 is the official one. The archive is read, never unpacked.
+    """
+
+    root: str | None = None
+    """Folder that holds the files; relative to the working directory. Without it `$SSLKIT_DATA/cifar10`, where
+    `SSLKIT_DATA` is by default `~/.cache/sslkit`."""
+    download: bool = True
+    """Download the archive if `root` holds none of the three layouts."""
+
+    def build(self, info: DataInfo) -> ImageSet:
+        from sslkit_datasets.cifar10 import open_cifar10
+
+        return open_cifar10(self, info)
+
+
+class Folder(DataSource):
+    """JPEG, PNG and WebP files in a folder, with or without one folder per class.
+
+    A folder of folders is read as classes: the sorted names of the folders are the class names, and images may lie at
+    any depth below them. A folder of images alone has no labels. `train/` beside `test/` or `val/` inside `root` are
+    taken as the two sets. Hidden files are passed over; files with other suffixes and class folders without images are
+    left out and mentioned.
+
+    Each image is resized once, to `size` x `size`: its largest central square, by antialiased bicubic interpolation.
+    Every file is read and decoded in full when the source is opened, so broken ones are known before the first step.
+    Images that fit into `memory_limit_gb` then stay in memory; others are decoded again whenever they are read, and
+    the result of the check is remembered in the cache folder for as long as no name, size or time of a file changes.
+    """
+
+    root: str
+    """Folder of the training images, or of `train/` and `test/` (or `val/`); relative to the working directory."""
+    size: PositiveInt
+    """Side of the stored images, in pixels. Views are cut from these, so choose it no smaller than the views."""
+    test_root: str | None = None
+    """Folder of the test images, if they do not lie in `root`."""
+    channels: Literal[1, 3] = 3
+    """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601)."""
+    max_bad: Fraction = 0.001
+    """Largest share of either set that may be unreadable; above it the run stops."""
+    memory_limit_gb: PositiveFloat = 4.0
+    """Keep the decoded images in memory if both sets together take at most this many gigabytes (10^9 bytes)."""
+    workers: PositiveInt | None = None
+    """Threads that decode; without it, one per CPU core."""
+
+    def build(self, info: DataInfo) -> ImageSet:
+        from sslkit_datasets.folder import open_folder
+
+        return open_folder(self, info)
+
+
+class Parquet(DataSource):
+    """Images in Parquet files, in the layout of Hugging Face image data sets.
+
+    One row is one image: a column of encoded JPEG, PNG or WebP files (`struct<bytes, path>` or binary) and, perhaps, a
+    column of integer labels. Class names are taken from the schema's metadata where they are given. Labels that are
+    all -1 mean that there are none. Shards are read in the order of their names, and a missing one
+    (`train-00001-of-00002.parquet`) is an error. The decoded images stay in memory.
+    """
+
+    path: str
+    """A file, a glob such as `data/train-*.parquet`, or a folder; relative to the working directory. In a folder,
+    `train*.parquet` is the training set and `test*.parquet`, `validation*.parquet` or `val*.parquet` the test set; a
+    folder without `train*.parquet` is a training set altogether."""
+    test_path: str | None = None
+    """File, glob or folder of the test images, if they do not lie beside the training images."""
+    image_column: str | None = None
+    """Column of the images; without it, `img` or `image`."""
+    label_column: str | None = None
+    """Column of the labels; without it, `label` or `labels`, and no labels where neither exists."""
+    size: PositiveInt | None = None
+    """Resize each image's largest central square to this side in pixels (antialiased bicubic). Without it all images
+    must have one size and keep it."""
+    channels: Literal[1, 3] = 3
+    """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601)."""
+    max_bad: Fraction = 0.001
+    """Largest share of either set that may be unreadable; above it the run stops."""
+    memory_limit_gb: PositiveFloat = 16.0
+    """Stop with an error rather than fill the memory if the decoded images take more gigabytes (10^9 bytes) per set."""
+    workers: PositiveInt | None = None
+    """Threads that decode; without it, one per CPU core."""
+
+    def build(self, info: DataInfo) -> ImageSet:
+        from sslkit_datasets.parquet import open_parquet
+
+        return open_parquet(self, info)
+
+
+class Digits(DataSource):
+    """Real handwritten digits printed in random inks under slanting light: a demonstration that needs no download.
+
+    The 1,797 scans (8 x 8 pixels) come with scikit-learn: `load_digits`, from the UCI set "Optical Recognition of
+    Handwritten Digits" (Alpaydin and Kaynak 1998). 1,347 scans are for training and 450 for testing. Each is enlarged
+    to 14 pixels, placed in a 16 x 16 image up to one pixel off the centre, and printed several times, each print with
+    its own paper colour (per channel U(0.2, 1)), ink (paper x (1 - 0.5 U(0.5, 1))), linear light (up to 50% in a random
+    direction) and noise (standard deviation 0.02). Prints of one scan never lie in both sets.
+
+    What to know before quoting a figure: the colours and the light are made up, so that raw pixels say little about
+    the digit (kNN accuracy about 0.38) while a method that learns to ignore them does well. Undoing most of it by hand
+    is easy: subtracting each image's mean per channel already lifts pixel kNN to about 0.76 (k 20, temperature 0.1,
+    cosine, default options). It shows that a method learns, and does not rank methods.
+    """
+
+    prints: PositiveInt = 8
+    """Prints of each training scan."""
+    test_prints: PositiveInt = 2
+    """Prints of each test scan."""
+    seed: NonNegativeInt = 0
+    """Seed of the split and of the prints. It is separate from the run's seed, so that runs which differ in their seed
+    see the same data."""
+
+    def build(self, info: DataInfo) -> ImageSet:
+        from sslkit_datasets.digits import open_digits
+
+        return open_digits(self)

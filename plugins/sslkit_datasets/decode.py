@@ -1,0 +1,91 @@
+"""The bytes of one image file -> pixels, or one line that says why not."""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+MAX_PIXELS = 89_478_485
+"""Pillow's own limit, kept here because other libraries switch Pillow's off for the whole process."""
+
+Pixels = NDArray[np.uint8]
+
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION = 0x0112
+_PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV")
+_TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
+
+
+class BadImageError(Exception):
+    """An image that cannot be read; the text completes the sentence "this image ..."."""
+
+
+def decode(data: bytes, channels: int, size: int | None) -> Pixels:
+    """Decode a JPEG, PNG or WebP file in full.
+
+    Args:
+        data: the file.
+        channels: 3 (RGB) or 1 (grey).
+        size: side in pixels to which the largest central square is resized; None keeps the image's own size.
+
+    Returns:
+        uint8 `[C, H, W]`.
+
+    Raises:
+        BadImageError: the bytes are no such image, or a damaged one, or one with more than `MAX_PIXELS` pixels.
+    """
+    if not data:
+        raise BadImageError("is empty (0 bytes)")
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+            if opened.width * opened.height > MAX_PIXELS:
+                raise BadImageError(f"has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS:,}")
+            opened.load()
+            image = _convert(_turn(opened), channels)
+            if size is not None:
+                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    except (BadImageError, MemoryError):
+        raise
+    except UnidentifiedImageError:
+        raise BadImageError("is not a JPEG, PNG or WebP image") from None
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise BadImageError(f"has more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # decoders raise anything at all on a stranger's bytes
+        text = (str(error).strip() or type(error).__name__).partition("\n")[0]
+        raise BadImageError(f"cannot be decoded: {text}") from error
+    pixels = np.array(image, dtype=np.uint8)
+    return pixels.reshape(image.height, image.width, channels).transpose(2, 0, 1)
+
+
+def _turn(image: Image.Image) -> Image.Image:
+    try:
+        orientation: Any = image.getexif().get(_ORIENTATION)
+    except Exception:  # damaged EXIF data says nothing about an image that was decoded
+        orientation = None
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _convert(image: Image.Image, channels: int) -> Image.Image:
+    if image.mode.startswith("I"):
+        # 16-bit grey. Pillow's own conversion clips at 255, which leaves an almost white image.
+        grey = np.asarray(image).astype(np.int64)
+        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+    elif image.mode in _TRANSPARENT or "transparency" in image.info:
+        front = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", front.size, "white"), front)
+    elif image.mode not in _PLAIN:
+        raise BadImageError(f"has the colour mode {image.mode}, for which no conversion is defined")
+    return image.convert("RGB" if channels == 3 else "L")

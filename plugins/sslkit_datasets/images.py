@@ -1,0 +1,295 @@
+"""Opened image sets, and the pass over all images that finds the broken ones before a run begins."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import sys
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
+
+from sslkit.api import Images
+from sslkit.errors import RunFailed, UserError
+from sslkit_datasets.decode import BadImageError, Pixels, decode
+
+Item = bytes | Path | None
+"""One image as it is stored: its bytes, the file that holds them, or nothing at all."""
+
+_CHUNK = 64  # images per task: small ones spend more time on the queue than in the decoder when they go one by one
+_FEW = 3
+_MANY = 4096
+
+
+@dataclass
+class InMemory:
+    """N images that are held as one tensor (`sslkit.api.Images`)."""
+
+    tensor: Tensor | None
+    labels: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    def read(self, indices: Tensor) -> Tensor:
+        return self._all[indices]
+
+    @property
+    def _all(self) -> Tensor:
+        assert self.tensor is not None
+        return self.tensor
+
+
+@dataclass
+class OnDemand:
+    """N images that are decoded from their files whenever they are read (`sslkit.api.Images`)."""
+
+    files: Sequence[Path]
+    channels: int
+    size: int
+    workers: int
+    labels: Tensor | None = None
+    tensor: Tensor | None = field(default=None, init=False)
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, indices: Tensor) -> Tensor:
+        """As `Images.read`.
+
+        Raises:
+            RunFailed: a file that was sound when the source was opened is not any more.
+        """
+        chosen = [self.files[i] for i in indices.tolist()]
+        images = np.empty((len(chosen), self.channels, self.size, self.size), np.uint8)
+
+        def fill(row: int) -> None:
+            try:
+                images[row] = decode(_load(chosen[row]), self.channels, self.size)
+            except BadImageError as error:
+                raise RunFailed(
+                    f"{shown(chosen[row])} {error}; it could be read when the run began, so it was changed since"
+                ) from error
+
+        # A pool of its own for each call: a lasting one would not survive a fork and could not be pickled, and its
+        # threads start in a fraction of the time that one image takes.
+        with ThreadPoolExecutor(min(self.workers, max(1, len(chosen)))) as pool:
+            list(pool.map(fill, range(len(chosen))))
+        return torch.from_numpy(images)
+
+
+@dataclass
+class Opened:
+    """What a data source opened (`sslkit.api.ImageSet`)."""
+
+    train: Images
+    test: Images | None
+    class_names: tuple[str, ...] | None
+    fingerprint: str
+    bad: Sequence[Mapping[str, str]] = ()
+
+
+class Fingerprint:
+    """A SHA-256 over records. Equal records in equal order give equal digests, and no others do."""
+
+    def __init__(self, **preparation: object) -> None:
+        self._hash = hashlib.sha256(json.dumps(preparation, sort_keys=True).encode())
+
+    def add(self, *record: str | bytes | int | None) -> None:
+        # repr quotes and escapes, so the borders between the fields are never in doubt.
+        self._hash.update(f"{record!r}\n".encode())
+
+    def hexdigest(self) -> str:
+        return self._hash.hexdigest()
+
+
+class Store:
+    """Room for `total` decoded images of one size, allocated when the first image tells which."""
+
+    def __init__(self, total: int, limit_gb: float, advice: str = "") -> None:
+        self.sizes: Counter[tuple[int, int]] = Counter()
+        self.images: Pixels | None = None
+        self._total, self._limit_gb, self._advice = total, limit_gb, advice
+        self._lock = threading.Lock()
+
+    def put(self, row: int, image: Pixels) -> None:
+        """Keep one image. Called from several threads.
+
+        Raises:
+            UserError: all of them would take more than the limit.
+        """
+        with self._lock:
+            self.sizes[image.shape[2], image.shape[1]] += 1
+            if self.images is None:
+                taken = self._total * image.size / 1e9
+                if taken > self._limit_gb:
+                    raise UserError(
+                        f"{self._total} images of {image.shape[2]} x {image.shape[1]} pixels take {taken:.1f} GB, more "
+                        f"than memory_limit_gb = {self._limit_gb:g}{self._advice}"
+                    )
+                self.images = np.empty((self._total, *image.shape), np.uint8)
+        if image.shape == self.images.shape[1:]:
+            self.images[row] = image
+
+    def kept(self, rows: Sequence[int]) -> Tensor:
+        """The images of these ascending rows, moved together in place: uint8 `[len(rows), C, H, W]`."""
+        assert self.images is not None
+        for new, old in enumerate(rows):
+            if new != old:
+                self.images[new] = self.images[old]
+        return torch.from_numpy(self.images[: len(rows)])
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What the pass found out about one image."""
+
+    digest: bytes
+    """SHA-256 of the stored bytes."""
+    problem: str | None
+    """Why the image cannot be read; None where it can."""
+
+
+def survey(
+    batches: Iterable[Sequence[Item]],
+    total: int,
+    *,
+    channels: int,
+    size: int | None,
+    store: Store | None,
+    workers: int,
+    title: str,
+) -> list[Finding]:
+    """Read and decode every image, in a pool of threads, and keep the pixels if there is a store.
+
+    Args:
+        batches: the images in order, in portions that are read one after another.
+        total: how many images they are together.
+        channels: as for `decode`.
+        size: as for `decode`.
+        store: where image i goes as row i; None only checks the images.
+        workers: number of threads.
+        title: stands before the progress bar.
+
+    Returns:
+        One finding per image, in order, however many threads there were.
+    """
+
+    def examine(row: int, item: Item) -> Finding:
+        digest = b""
+        try:
+            data = _load(item)
+            digest = hashlib.sha256(data).digest()
+            image = decode(data, channels, size)
+        except BadImageError as error:
+            return Finding(digest, str(error))
+        if store is not None:
+            store.put(row, image)
+        return Finding(digest, None)
+
+    def work(task: tuple[int, Sequence[Item]]) -> list[Finding]:
+        first, items = task
+        return [examine(first + i, item) for i, item in enumerate(items)]
+
+    findings: list[Finding] = []
+    with (
+        warnings.catch_warnings(),
+        progress(title, total if total > _MANY else None) as advance,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        # What Pillow warns of is either a problem that is reported by name or of no consequence.
+        warnings.filterwarnings("ignore", module=r"PIL\.")
+        for batch in batches:
+            first = len(findings)
+            tasks = [(first + i, batch[i : i + _CHUNK]) for i in range(0, len(batch), _CHUNK)]
+            for part in pool.map(work, tasks):
+                findings += part
+                advance(len(part))
+    return findings
+
+
+def _load(item: Item) -> bytes:
+    if isinstance(item, bytes):
+        return item
+    if item is None:
+        raise BadImageError("has no bytes")
+    try:
+        return item.read_bytes()
+    except OSError as error:
+        raise BadImageError(f"cannot be read: {error.strerror}") from error
+
+
+def sift(
+    problems: Sequence[str | None], name: Callable[[int], str], *, which: str, max_bad: float, advice: str
+) -> tuple[list[int], list[dict[str, str]]]:
+    """Part the images that can be read from those that cannot.
+
+    Args:
+        problems: for each image, why it cannot be read, or None.
+        name: the name of image i, for people.
+        which: `training` or `test`.
+        max_bad: the largest share that may be bad.
+        advice: what to do about bad images beside mending them, as the end of a sentence.
+
+    Returns:
+        The indices of the readable images, and `path` and `problem` of each of the others.
+
+    Raises:
+        UserError: more than `max_bad` of them are bad, or all.
+    """
+    good = [i for i, problem in enumerate(problems) if problem is None]
+    bad = [{"path": name(i), "problem": problem} for i, problem in enumerate(problems) if problem is not None]
+    if not good or len(bad) / len(problems) > max_bad:
+        share = f"{100 * len(bad) / len(problems):.2g}%, more than max_bad = {100 * max_bad:g}%" if good else "all"
+        raise UserError(
+            f"{len(bad)} of {len(problems)} {which} images cannot be read ({share}): {few(bad)}; "
+            f"mend or remove them{advice}"
+        )
+    return good, bad
+
+
+def few(bad: Sequence[Mapping[str, str]]) -> str:
+    """The first few bad images in words."""
+    named = ", ".join(f"{b['path']} ({b['problem']})" for b in bad[:_FEW])
+    return f"{named} and {len(bad) - _FEW} more" if len(bad) > _FEW else named
+
+
+def tell_left_out(say: Callable[[str], None], bad: Sequence[Mapping[str, str]], total: int) -> None:
+    """One line about the images that a run goes on without."""
+    if bad:
+        say(f"left out {len(bad)} of {total} images that cannot be read: {few(bad)}")
+
+
+def shown(path: Path | str) -> str:
+    """A path for people: what a terminal would obey or choke on is escaped."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def progress(title: str, total: int | None, *, size_in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """A progress bar on stderr if that is a terminal and `total` is given; yields `advance(by)`."""
+    if total is None or not sys.stderr.isatty():
+        yield lambda by: None
+        return
+    count = DownloadColumn() if size_in_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda by: bar.advance(task, by)

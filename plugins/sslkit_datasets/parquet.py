@@ -1,0 +1,345 @@
+"""Images in Parquet files: which files and columns there are, and what the rows hold."""
+
+from __future__ import annotations
+
+import glob
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from sslkit.api import DataInfo
+from sslkit.errors import UserError
+from sslkit_datasets.images import (
+    Finding,
+    Fingerprint,
+    InMemory,
+    Opened,
+    Store,
+    cores,
+    shown,
+    sift,
+    survey,
+    tell_left_out,
+)
+
+if TYPE_CHECKING:
+    from sslkit_datasets import Parquet
+
+IMAGE_COLUMNS = ("img", "image")
+LABEL_COLUMNS = ("label", "labels")
+_ROWS = 2048
+"""Rows that are held encoded at one time."""
+_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.parquet")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How rows become images; the options of `data_source.parquet` of the same names."""
+
+    image_column: str | None = None
+    label_column: str | None = None
+    size: int | None = None
+    channels: int = 3
+    max_bad: float = 0.0
+    memory_limit_gb: float = 16.0
+    workers: int | None = None
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    files: list[Path]
+    images: InMemory
+    findings: list[Finding]
+    bad: list[dict[str, str]]
+    labels: list[int] | None
+    """Labels of all rows, also of those left out."""
+    class_names: tuple[str, ...] | None
+
+
+def open_parquet(spec: Parquet, info: DataInfo) -> Opened:
+    """Open Parquet files.
+
+    Raises:
+        UserError: no such files or columns, images of several sizes, labels that are no class numbers, or too many
+            broken images.
+    """
+    train, test = find_files(spec.path, spec.test_path)
+    options = Options(
+        spec.image_column,
+        spec.label_column,
+        spec.size,
+        spec.channels,
+        spec.max_bad,
+        spec.memory_limit_gb,
+        spec.workers,
+        advice=", or raise data_source.max_bad",
+    )
+    return read_sets(train, test, options, info)
+
+
+def read_sets(train: Sequence[Path], test: Sequence[Path], options: Options, info: DataInfo) -> Opened:
+    """Decode the images of these files.
+
+    Raises:
+        UserError: as `open_parquet`.
+    """
+    sets = {"training": _read(train, "training", options)}
+    if test:
+        sets["test"] = _read(test, "test", options)
+        _compare(sets["training"], sets["test"])
+    fingerprint = Fingerprint(source="parquet", size=options.size, channels=options.channels)
+    for which, rows in sets.items():
+        fingerprint.add(which)
+        for i, finding in enumerate(rows.findings):
+            fingerprint.add(finding.digest, finding.problem is None, None if rows.labels is None else rows.labels[i])
+    bad = [b for rows in sets.values() for b in rows.bad]
+    tell_left_out(info.say, bad, sum(len(rows.findings) for rows in sets.values()))
+    train_rows, test_rows = sets["training"], sets.get("test")
+    return Opened(
+        train_rows.images,
+        test_rows.images if test_rows else None,
+        train_rows.class_names,
+        fingerprint.hexdigest(),
+        bad,
+    )
+
+
+# ---------------------------------------------------------------- which files
+
+
+def find_files(path: str, test_path: str | None) -> tuple[list[Path], list[Path]]:
+    """The files of the training set and of the test set, each in the order of their names.
+
+    Raises:
+        UserError: there are none, a shard is missing, or it is not clear which the test set is.
+    """
+    if test_path is None:
+        return _find(path, "path")
+    train, _ = _find(path, "path", alone=True)
+    alone, beside = _find(test_path, "test_path")
+    return train, beside or alone
+
+
+def _find(path: str, option: str, *, alone: bool = False) -> tuple[list[Path], list[Path]]:
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return in_folder(place, option, alone=alone)
+    if place.is_file():
+        return [place], []
+    found = sorted(Path(name) for name in glob.glob(str(place)) if Path(name).is_file())  # noqa: PTH207 absolute globs
+    if not found:
+        raise UserError(f"data_source.{option}: no file or folder matches {shown(place.absolute())}")
+    return whole(found), []
+
+
+def in_folder(folder: Path, option: str = "path", *, alone: bool = False) -> tuple[list[Path], list[Path]]:
+    """Training files of a folder, and the test files beside them.
+
+    Without files named `train*`, all files are training files, unless the folder is that of the test images.
+    `alone` does not look for test files.
+
+    Raises:
+        UserError: as `find_files`.
+    """
+    files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith("."))
+    if not files:
+        raise UserError(f"data_source.{option}: {shown(folder.absolute())} holds no .parquet files")
+    train = [file for file in files if file.name.startswith("train")]
+    if alone or (not train and option == "path"):
+        return whole(train or files), []
+    test = [file for file in files if file.name.startswith("test")]
+    validation = [file for file in files if file.name.startswith("val")]
+    if test and validation:
+        raise UserError(
+            f"data_source.{option}: {shown(folder.absolute())} holds both test and validation files; name the ones to "
+            "measure on as test_path, for example with a glob"
+        )
+    return whole(train or files), whole(test or validation)
+
+
+def whole(files: list[Path]) -> list[Path]:
+    """The same files, if no shard of a numbered series is missing.
+
+    Raises:
+        UserError: one is.
+    """
+    series: dict[tuple[Path, str, int], set[int]] = {}
+    for file in files:
+        if match := _SHARD.fullmatch(file.name):
+            key = (file.parent, match["stem"], int(match["total"]))
+            series.setdefault(key, set()).add(int(match["number"]))
+    for (parent, stem, total), numbers in series.items():
+        missing = sorted(set(range(total)) - numbers)
+        if missing:
+            raise UserError(
+                f"{len(missing)} of {total} shards are missing in {shown(parent)}: {shown(stem)}-{missing[0]:05d}-of-"
+                f"{total:05d}.parquet{' and others' if len(missing) > 1 else ''}; download the rest, or give a glob or "
+                "a file that is not numbered"
+            )
+    return files
+
+
+# ---------------------------------------------------------------- what the rows hold
+
+
+def _read(files: Sequence[Path], which: str, options: Options) -> _Rows:
+    opened = [_open(file) for file in files]
+    image_column, label_column = _columns(files[0], opened[0].schema_arrow, options)
+    for file, parquet in zip(files, opened, strict=True):
+        _check_columns(file, parquet.schema_arrow, image_column, label_column)
+    counts = [parquet.metadata.num_rows for parquet in opened]
+    total = sum(counts)
+    if total == 0:
+        raise UserError(f"{shown(files[0])} has no rows")
+
+    labels: list[int | None] = []
+    columns = [image_column] if label_column is None else [image_column, label_column]
+
+    def batches() -> Iterator[list[bytes | None]]:
+        for file, parquet in zip(files, opened, strict=True):
+            try:
+                for batch in parquet.iter_batches(batch_size=_ROWS, columns=columns):
+                    if label_column is not None:
+                        labels.extend(batch.column(label_column).to_pylist())
+                    yield _bytes_of(batch.column(image_column))
+            except (pa.ArrowException, OSError) as error:
+                raise UserError(f"{shown(file)} is damaged: {_first_line(error)}") from None
+
+    store = Store(
+        total,
+        options.memory_limit_gb,
+        "; set data_source.size, or unpack them into a folder and use data_source.folder",
+    )
+    findings = survey(
+        batches(),
+        total,
+        channels=options.channels,
+        size=options.size,
+        store=store,
+        workers=options.workers or cores(),
+        title=f"reading {which} images",
+    )
+    if len(store.sizes) > 1:
+        listed = ", ".join(f"{w} x {h} ({n})" for (w, h), n in store.sizes.most_common(3))
+        raise UserError(
+            f"the {which} images have {len(store.sizes)} sizes: {listed}{', ...' if len(store.sizes) > 3 else ''}; "
+            "set data_source.size to resize them"
+        )
+
+    def name(i: int) -> str:
+        for file, count in zip(files, counts, strict=True):
+            if i < count:
+                return f"{shown(file)}, row {i}"
+            i -= count
+        raise IndexError(i)
+
+    good, bad = sift([f.problem for f in findings], name, which=which, max_bad=options.max_bad, advice=options.advice)
+    class_names = None if label_column is None else _class_names(opened[0].schema_arrow, label_column)
+    checked = None if label_column is None else _checked(labels, label_column, files[0], class_names)
+    tensor = None if checked is None else torch.tensor(checked, dtype=torch.int64)[good]
+    return _Rows(list(files), InMemory(store.kept(good), tensor), findings, bad, checked, class_names)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return pq.ParquetFile(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"{shown(file)} cannot be read as a Parquet file: {_first_line(error)}") from None
+
+
+def _columns(file: Path, schema: Any, options: Options) -> tuple[str, str | None]:
+    listed = f"its columns are {', '.join(shown(name) for name in schema.names)}"
+
+    def pick(chosen: str | None, defaults: tuple[str, ...], option: str) -> str | None:
+        if chosen is not None and chosen not in schema.names:
+            raise UserError(f"data_source.{option}: {shown(file)} has no column {chosen!r}; {listed}")
+        return chosen or next((name for name in defaults if name in schema.names), None)
+
+    image = pick(options.image_column, IMAGE_COLUMNS, "image_column")
+    if image is None:
+        raise UserError(
+            f"{shown(file)} has no column {' or '.join(map(repr, IMAGE_COLUMNS))}; {listed}; set "
+            "data_source.image_column"
+        )
+    return image, pick(options.label_column, LABEL_COLUMNS, "label_column")
+
+
+def _check_columns(file: Path, schema: Any, image_column: str, label_column: str | None) -> None:
+    for column in (image_column, label_column):
+        if column is not None and column not in schema.names:
+            raise UserError(f"{shown(file)} has no column {column!r}, which the files before it have")
+    kind = schema.field(image_column).type
+    if pa.types.is_struct(kind):
+        kind = next((f.type for f in kind if f.name == "bytes"), None)
+    if kind is None or not (pa.types.is_binary(kind) or pa.types.is_large_binary(kind)):
+        raise UserError(
+            f"{shown(file)}: the column {image_column!r} is {schema.field(image_column).type}; encoded images are "
+            "wanted, as struct<bytes: binary, path: string> or binary"
+        )
+    if label_column is not None and not pa.types.is_integer(schema.field(label_column).type):
+        raise UserError(
+            f"{shown(file)}: the column {label_column!r} is {schema.field(label_column).type}; integers are wanted"
+        )
+
+
+def _bytes_of(column: Any) -> list[bytes | None]:
+    if not pa.types.is_struct(column.type):
+        return column.to_pylist()  # type: ignore[no-any-return]
+    # A path without bytes is never followed: it would lead out of the file that was named.
+    return [None if row is None else row["bytes"] for row in column.to_pylist()]
+
+
+def _class_names(schema: Any, label_column: str) -> tuple[str, ...] | None:
+    """The names that Hugging Face's `datasets` writes into the metadata; None where there are none to be had."""
+    try:
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        names = features[label_column]["names"]
+    except (TypeError, KeyError, ValueError):
+        return None
+    return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _checked(
+    labels: Sequence[int | None], column: str, file: Path, class_names: tuple[str, ...] | None
+) -> list[int] | None:
+    """The labels as class numbers; None where all are -1, which in published sets means unknown."""
+    known = [label for label in labels if label is not None]
+    if len(known) < len(labels):
+        raise UserError(f"{shown(file)}: {len(labels) - len(known)} rows have no value in the column {column!r}")
+    if set(known) == {-1}:
+        return None
+    if min(known) < 0:
+        raise UserError(f"{shown(file)}: labels in the column {column!r} should be 0 or more, one is {min(known)}")
+    if class_names is not None and max(known) >= len(class_names):
+        raise UserError(
+            f"{shown(file)}: the column {column!r} holds the label {max(known)}, but only {len(class_names)} classes "
+            "are named in the metadata"
+        )
+    return known
+
+
+def _compare(train: _Rows, test: _Rows) -> None:
+    assert train.images.tensor is not None
+    assert test.images.tensor is not None
+    (h, w), (test_h, test_w) = train.images.tensor.shape[2:], test.images.tensor.shape[2:]
+    if (h, w) != (test_h, test_w):
+        raise UserError(
+            f"the training images have {w} x {h} pixels, the test images {test_w} x {test_h}; set data_source.size to "
+            "resize them"
+        )
+    if train.class_names and test.class_names and train.class_names != test.class_names:
+        raise UserError(
+            f"{shown(test.files[0])} names other classes than {shown(train.files[0])}: labels cannot be compared"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).partition("\n")[0]

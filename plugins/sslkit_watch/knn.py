@@ -1,0 +1,64 @@
+"""Weighted kNN while training."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from sslkit import randomness
+from sslkit.api import Images
+from sslkit.evaluate import knn_accuracy
+from sslkit.events import Run, observes
+
+if TYPE_CHECKING:
+    from . import KNN
+
+
+class KNNObserver:
+    """Measures at step 0, every few epochs, and at the end."""
+
+    def __init__(self, options: KNN) -> None:
+        self.options = options
+        self.bank = self.queries = torch.empty(0, dtype=torch.int64)
+        self.labels: tuple[Tensor, Tensor] | None = None
+
+    @observes
+    def run_started(self, run: Run) -> None:
+        train, test = run.data.train, run.data.test
+        if test is None or train.labels is None or test.labels is None:
+            run.say("kNN is not measured: this data source has no labels or no test images")
+            return
+        # One fixed choice: figures of different seeds and steps then compare.
+        self.bank, self.queries = _chosen(train, self.options.bank), _chosen(test, self.options.queries)
+        self.labels = train.labels[self.bank], test.labels[self.queries]
+        if run.step == 0:
+            self._measure(run)
+
+    @observes
+    def epoch_ended(self, run: Run) -> None:
+        epoch = run.step // run.info.steps_per_epoch
+        last = run.step == run.info.total_steps
+        if self.labels is not None and (epoch % self.options.every_epochs == 0 or last):
+            self._measure(run)
+
+    def _measure(self, run: Run) -> None:
+        assert self.labels is not None
+        bank, queries = run.features("train", self.bank), run.features("test", self.queries)
+        if run.interrupted:
+            return
+        bank_labels, query_labels = (labels.to(bank.device) for labels in self.labels)
+        k = min(self.options.k, len(bank))
+        accuracy = knn_accuracy(bank, bank_labels, queries, query_labels, k=k, temperature=self.options.temperature)
+        run.record({
+            "knn_top1": accuracy, "knn_k": k, "knn_temperature": self.options.temperature, "knn_bank": len(bank),
+        })  # fmt: skip
+
+
+def _chosen(images: Images, number: int) -> Tensor:
+    """`number` images of the set, the same every time; all of them for 0."""
+    if number == 0 or number >= len(images):
+        return torch.arange(len(images))
+    order = torch.randperm(len(images), generator=randomness.generator(0, "knn"))
+    return order[:number].sort().values

@@ -1,0 +1,475 @@
+"""The shapes of components: everything the author of a plugin imports.
+
+A component is a pydantic class whose fields are the options a recipe may set; the docstring under a field is
+its help text everywhere. `build()` makes the live object, and torch is imported there, not before. The live
+objects' contracts are the protocols below. Shapes: B images, V views, C channels, d dimensions.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PositiveInt,
+    SerializeAsAny,
+    SerializerFunctionWrapHandler,
+    ValidationInfo,
+    model_serializer,
+)
+from pydantic_core import PydanticCustomError
+
+from sslkit import registry
+from sslkit.batch import Branches, LossTerms, Needs, ViewSpec
+from sslkit.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+__all__ = [
+    "API_VERSION", "Backbone", "BackboneModule", "Branches", "Component", "DataInfo", "DataSource", "GroupOptions",
+    "Head", "HeadModule", "ImageSet", "Images", "Incidental", "Loss", "LossModule", "LossTerms", "Needs", "Observer",
+    "Optimizer", "ParamGroup", "RunInfo", "Schedule", "Scheduled", "TargetModule", "TargetUpdater", "Value",
+    "ViewGenerator", "ViewMaker", "ViewSpec", "slot", "value_of",
+]  # fmt: skip
+
+API_VERSION = 1
+"""Raised when a plugin written for the old number would no longer work."""
+
+
+# ---------------------------------------------------------------- what a component may know of the run
+
+
+@dataclass(frozen=True)
+class DataInfo:
+    """What a data source knows: it is built first, and `RunInfo` follows from what it finds."""
+
+    seed: int
+    cache: Path
+    """`$SSLKIT_DATA`, else `~/.cache/sslkit`."""
+    say: Callable[[str], None] = print
+    """Tells the user something worth a line (a download, images left out)."""
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The facts of a run that a component may need. Fields are added over time, never removed."""
+
+    seed: int
+    device: str
+    """`"cpu"` or `"cuda"`."""
+    image_size: int
+    """Side of the stored images, in pixels."""
+    channels: int
+    mean: tuple[float, ...]
+    """Mean of the training images per channel, on the scale 0..1."""
+    std: tuple[float, ...]
+    """Standard deviation of the training images per channel, on the scale 0..1."""
+    train_images: int
+    total_steps: int
+    """Optimizer steps of the whole run."""
+    steps_per_epoch: int
+    batch_size: int
+    """Global: over all processes and micro-batches."""
+    world_size: int = 1
+    class_names: tuple[str, ...] | None = None
+    views: tuple[ViewSpec, ...] = ()
+
+
+# ---------------------------------------------------------------- components
+
+T = TypeVar("T")
+
+
+class Component(BaseModel):
+    """A spec: options in, live object out. Unknown options and loose types are refused."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_default=True,
+        use_attribute_docstrings=True,
+    )
+    kind: ClassVar[str] = ""
+
+    @model_serializer(mode="wrap")
+    def _with_use(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {"use": registry.name_of(type(self)), **handler(self)}
+
+
+class Incidental:
+    """Marks an option that does not change what a run computes (workers, paths, cadences).
+
+    `workers: Annotated[int, Incidental] = 4`. Such options are left out of the recipe's hash, so that a run may go
+    on with other values.
+    """
+
+
+def slot(kind: str) -> BeforeValidator:
+    """Fill a table from the component its `use` names: `Annotated[SerializeAsAny[Loss], slot("loss")]`."""
+
+    def fill(value: object, info: ValidationInfo) -> object:
+        if not isinstance(value, dict):
+            if isinstance(value, Component):
+                return value
+            raise PydanticCustomError("slot", "should be a table with a key 'use' that names a {kind}", {"kind": kind})
+        table = dict(value)
+        use = table.pop("use", None)
+        if not isinstance(use, str):
+            listed = ", ".join(registry.names(kind))
+            problem = "needs a key 'use' that names a {kind}: {listed}" if use is None else "'use' should be a name"
+            raise PydanticCustomError("slot", problem, {"kind": kind, "listed": listed})
+        try:
+            component = registry.load(kind, use)
+        except UserError as error:
+            raise PydanticCustomError("component", "{text}", {"text": str(error)}) from None
+        if not (issubclass(component, Component) and component.kind == kind):
+            raise PydanticCustomError("component", "{text}", {"text": f"{component.__qualname__} is not a {kind}"})
+        # A recipe comes as JSON, where a list may fill a tuple; in Python the types are the author's.
+        if info.mode == "json":
+            return component.model_validate_json(json.dumps(table))
+        return component.model_validate(table)
+
+    return BeforeValidator(fill)
+
+
+class Schedule(Component):
+    """A number that changes over the run: a pure function of the optimizer step."""
+
+    kind: ClassVar[str] = "schedule"
+
+    def build(self, run: RunInfo) -> Callable[[int], float]:
+        """`value(step)` for step 0 .. `run.total_steps`. Update s uses the value at s - 1."""
+        raise NotImplementedError
+
+
+def _number_or_schedule(value: object, info: ValidationInfo) -> object:
+    if isinstance(value, bool) or not isinstance(value, int | float | dict | Schedule):
+        raise PydanticCustomError("scheduled", "should be a number or a schedule such as {example}", {
+            "example": "{ use = 'cosine', start = 1.0, end = 0.0 }"
+        })  # fmt: skip
+    if isinstance(value, float) and not math.isfinite(value):
+        raise PydanticCustomError("scheduled", "should be a finite number")
+    if isinstance(value, dict):
+        return cast("Any", slot("schedule").func)(value, info)
+    return float(value) if isinstance(value, int) else value
+
+
+Scheduled = Annotated[float | SerializeAsAny[Schedule], BeforeValidator(_number_or_schedule)]
+"""The type of an option that may change over the run: a plain number, or a table that names a schedule."""
+
+Value = Callable[[int], float]
+"""A schedule that was built: step -> value."""
+
+
+def value_of(scheduled: float | Schedule, run: RunInfo) -> Value:
+    """A `Scheduled` option as a function of the step."""
+    if isinstance(scheduled, Schedule):
+        return scheduled.build(run)
+    constant = float(scheduled)
+    return lambda step: constant
+
+
+# ---------------------------------------------------------------- data
+
+
+class Images(Protocol):
+    """N images. `read` gives some of them; a set that fits in memory also has them all as `tensor`."""
+
+    labels: Tensor | None
+    """int64 `[N]`, on the CPU, or None."""
+    tensor: Tensor | None
+    """uint8 `[N, C, H, W]` on the CPU, or None where the images do not fit in memory."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: Tensor) -> Tensor:
+        """uint8 `[n, C, H, W]` on the CPU, in the order of `indices` (int64 `[n]`). Called from several threads."""
+        ...
+
+
+class ImageSet(Protocol):
+    """What a data source opens: images to train on, perhaps images to test on."""
+
+    train: Images
+    test: Images | None
+    class_names: tuple[str, ...] | None
+    fingerprint: str
+    """Changes when the images, their order or the preparation change; a resumed run compares it."""
+    bad: Sequence[Mapping[str, str]]
+    """Images that could not be read and were left out: `path` and `problem` of each."""
+
+
+class DataSource(Component):
+    """Where images come from."""
+
+    kind: ClassVar[str] = "data_source"
+
+    def build(self, info: DataInfo) -> ImageSet:
+        """Open the source.
+
+        Raises:
+            UserError: what is missing, and what to put where.
+        """
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------- views
+
+
+class ViewMaker(Protocol):
+    """Makes V views of every image of a batch, with parameters drawn per sample.
+
+    `crop` and `appear` are pure torch on static shapes, on whatever device the images are, so that the engine may
+    compile them. They are separate because images of varying size are cropped one by one in loader workers, while
+    everything that follows is batched.
+    """
+
+    specs: tuple[ViewSpec, ...]
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Random parameters of n samples: CPU tensors with leading dimension n, and nothing else is random."""
+        ...
+
+    def crop(self, images: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """uint8 `[B, C, H, W]` -> V crops, float 0..1 `[B, C, h, w]`."""
+        ...
+
+    def appear(self, crops: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """V crops -> V normalised views, float `[B, C, h, w]`."""
+        ...
+
+    def clean(self, images: Tensor) -> Tensor:
+        """uint8 `[B, C, H, W]` -> the same images for evaluation: no randomness, normalised as the views are."""
+        ...
+
+
+class ViewGenerator(Component):
+    """Makes the views of an image that a method compares."""
+
+    kind: ClassVar[str] = "view_generator"
+
+    def build(self, run: RunInfo) -> ViewMaker:
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------- networks
+
+
+class BackboneModule(Protocol):
+    """An `nn.Module`: normalised images float `[B, C, h, w]` -> features `[B, feature_dim]`."""
+
+    feature_dim: int
+
+    def __call__(self, images: Tensor) -> Tensor: ...
+
+
+class Backbone(Component):
+    """The encoder whose features are the purpose of the training."""
+
+    kind: ClassVar[str] = "backbone"
+
+    def build(self, run: RunInfo) -> nn.Module:
+        """A module that meets `BackboneModule`."""
+        raise NotImplementedError
+
+
+class HeadModule(Protocol):
+    """An `nn.Module`: `[B, in_dim]` -> `[B, out_dim]`."""
+
+    out_dim: int
+
+    def __call__(self, features: Tensor) -> Tensor: ...
+
+
+class Head(Component):
+    """A small network after the backbone (slot `projector`) or after the projector (slot `predictor`)."""
+
+    kind: ClassVar[str] = "head"
+
+    def build(self, in_dim: int, run: RunInfo) -> nn.Module:
+        """A module that meets `HeadModule`."""
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------- loss
+
+
+class LossModule(Protocol):
+    """An `nn.Module` that may own parameters and buffers; they are trained and saved with the rest.
+
+    `forward` is pure: queues and centres move in `commit`, once after each optimizer step.
+    """
+
+    additive: bool
+    """True where the mean of the losses of micro-batches is the loss of the batch; gradient accumulation needs it."""
+
+    def needs(self, specs: Sequence[ViewSpec]) -> Needs:
+        """Which views the loss wants of each branch.
+
+        Raises:
+            UserError: the recipe's views or branches do not suffice.
+        """
+        ...
+
+    def __call__(self, branches: Branches) -> LossTerms: ...
+
+    def commit(self, branches: Branches) -> None:
+        """Move the loss's own state, given the branches (detached) of the step that was just taken."""
+        ...
+
+
+class Loss(Component):
+    """What the training minimises, computed from all branches and all views."""
+
+    kind: ClassVar[str] = "loss"
+
+    def build(self, dim: int, run: RunInfo) -> nn.Module:
+        """A module that meets `LossModule`. `dim` is the projector's output dimension."""
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------- target
+
+
+class TargetModule(Protocol):
+    """Makes the target network and moves it. An `nn.Module`, so that state of its own would be saved."""
+
+    source: Literal["copy", "online", "none"]
+    """`copy`: a second network. `online`: the online projections under stop-gradient (a second forward would move
+    BatchNorm twice). `none`: no target branch."""
+    evaluated: Literal["online", "target"]
+    """The branch whose features are measured and exported."""
+
+    def make(self, online: nn.Module) -> nn.Module | None:
+        """The target network at the start of the run, without gradients; None unless `source` is `copy`."""
+        ...
+
+    def tau(self, step: int) -> float | None:
+        """How much of the target remains at the update after step `step`; a number wherever `source` is `copy`, None
+        where there is no such number."""
+        ...
+
+    def update(self, online: nn.Module, target: nn.Module, tau: float | Tensor) -> None:
+        """Move the target once, after the optimizer's step."""
+        ...
+
+
+class TargetUpdater(Component):
+    """How the target network follows the online network."""
+
+    kind: ClassVar[str] = "target_updater"
+
+    def build(self, run: RunInfo) -> nn.Module:
+        """A module that meets `TargetModule`."""
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------- optimizer
+
+
+@dataclass
+class ParamGroup:
+    """Parameters that share a learning rate and weight decay."""
+
+    part: str
+    """`backbone`, `projector`, `predictor` or `loss`."""
+    excluded: bool
+    """Bias or normalisation parameters, which by default take no weight decay and no LARS adaptation."""
+    parameters: list[nn.Parameter]
+
+    def as_torch(self) -> dict[str, Any]:
+        """What a torch optimizer takes as one parameter group; `part` and `excluded` stay readable in it."""
+        return {"params": self.parameters, "part": self.part, "excluded": self.excluded}
+
+
+class GroupOptions(BaseModel):
+    """Learning rate and weight decay of one part of the model, where they differ from the rest."""
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    lr: Scheduled | None = None
+    """Learning rate of this part; without it, the optimizer's."""
+    weight_decay: Scheduled | None = None
+    """Weight decay of this part; without it, the optimizer's."""
+
+
+class Optimizer(Component):
+    """The optimizer. The engine sets `lr` and `weight_decay` of every group before each step."""
+
+    kind: ClassVar[str] = "optimizer"
+
+    lr: Scheduled
+    """Learning rate: a number or a schedule."""
+    lr_reference_batch: PositiveInt | None = None
+    """If given, `lr` is meant for this batch size and is multiplied by batch_size / lr_reference_batch."""
+    weight_decay: Scheduled = 0.0
+    """Weight decay: a number or a schedule."""
+    exclude_bias_and_norm: bool = True
+    """Leave bias and normalisation parameters (one dimension or none) out of weight decay and LARS adaptation."""
+    groups: dict[Literal["backbone", "projector", "predictor", "loss"], GroupOptions] = Field(default_factory=dict)
+    """Other values for one part of the model: `[optimizer.groups.predictor]` with `lr` or `weight_decay`."""
+
+    def build(self, groups: list[ParamGroup], run: RunInfo) -> torch.optim.Optimizer:
+        """A torch optimizer over `[g.as_torch() for g in groups]`, whose `lr` and `weight_decay` are set later.
+
+        An optimizer that sets `_step_supports_amp_scaling` and reads the 0-dim tensor `self.found_inf` as torch's
+        fused ones do (1 means: change nothing) never makes the engine wait for the device.
+        """
+        raise NotImplementedError
+
+
+# ---------------------------------------------------------------- observer
+
+
+class Observer(Component):
+    """Looks on: measures, records, draws. Never changes what the next step computes."""
+
+    kind: ClassVar[str] = "observer"
+
+    enabled: bool = True
+    """False leaves the observer out."""
+
+    def build(self, run: RunInfo) -> object:
+        """An object with hook implementations of `sslkit.events`; if it has state, also `state_dict` and
+        `load_state_dict`."""
+        raise NotImplementedError
+
+
+KIND_CLASSES: Mapping[str, type[Component]] = {
+    c.kind: c for c in (Backbone, Head, Loss, TargetUpdater, ViewGenerator, DataSource, Optimizer, Schedule, Observer)
+}
+
+
+def components(component: Component) -> Iterator[Component]:
+    """A component and every component inside it (schedules), for whoever walks a recipe."""
+    yield component
+    for name in type(component).model_fields:
+        yield from _inside(getattr(component, name))
+
+
+def _inside(value: object) -> Iterator[Component]:
+    if isinstance(value, Component):
+        yield from components(value)
+    elif isinstance(value, BaseModel):
+        for name in type(value).model_fields:
+            yield from _inside(getattr(value, name))
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from _inside(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _inside(inner)

@@ -1,0 +1,283 @@
+"""Recipe -> live objects. The only caller of `build()`."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+import torch
+from torch import nn
+
+from sslkit import randomness, registry
+from sslkit.api import (
+    Component,
+    DataInfo,
+    ImageSet,
+    LossModule,
+    ParamGroup,
+    RunInfo,
+    TargetModule,
+    Value,
+    ViewMaker,
+    value_of,
+)
+from sslkit.data import cache_folder, channel_statistics
+from sslkit.errors import RunFailed, SslkitError, UserError
+from sslkit.recipe import Recipe
+from sslkit.siamese import Encoder, Siamese
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+T = TypeVar("T")
+
+COMPILE_PIXELS = 2e8
+"""`compile = "auto"` compiles runs that see at least this many view pixels: about two minutes of work on a CPU, which
+is what compiling costs there."""
+
+
+@dataclass
+class GroupValues:
+    """Learning rate and weight decay of one parameter group as functions of the step."""
+
+    lr: Value
+    weight_decay: Value
+
+
+@dataclass
+class Parts:
+    """Everything a recipe builds."""
+
+    recipe: Recipe
+    run: RunInfo
+    device: torch.device
+    data: ImageSet
+    views: ViewMaker
+    model: Siamese
+    loss: nn.Module
+    updater: nn.Module
+    groups: list[ParamGroup]
+    optimizer: torch.optim.Optimizer
+    values: list[GroupValues]
+    observers: dict[str, object]
+
+    @property
+    def loss_module(self) -> LossModule:
+        """The loss, seen as what its contract says."""
+        return cast(LossModule, self.loss)
+
+    @property
+    def target(self) -> TargetModule:
+        """The target updater, seen as what its contract says."""
+        return cast(TargetModule, self.updater)
+
+
+def choose_device(wanted: str) -> torch.device:
+    """`auto` is CUDA where there is a device.
+
+    Raises:
+        UserError: CUDA was asked for and is not there.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def open_data(recipe: Recipe, say: Callable[[str], None]) -> ImageSet:
+    """Open the recipe's data source."""
+    info = DataInfo(seed=recipe.seed, cache=cache_folder(), say=say)
+    return _made(recipe.data_source, lambda: recipe.data_source.build(info))
+
+
+def describe_run(recipe: Recipe, data: ImageSet, device: torch.device) -> RunInfo:
+    """The facts that components may ask for; the view specs are added once the views are built.
+
+    Raises:
+        UserError: the training set is smaller than one batch.
+    """
+    images, size = len(data.train), recipe.train.batch_size
+    if images < size:
+        raise UserError(f"train.batch_size is {size}, but there are only {images} training images; make it smaller")
+    first = data.train.read(torch.zeros(1, dtype=torch.int64))
+    mean, std = channel_statistics(data.train)
+    per_epoch = images // size
+    return RunInfo(
+        seed=recipe.seed,
+        device=device.type,
+        image_size=first.shape[-1],
+        channels=first.shape[1],
+        mean=mean,
+        std=std,
+        train_images=images,
+        total_steps=recipe.train.epochs * per_epoch,
+        steps_per_epoch=per_epoch,
+        batch_size=size,
+        class_names=data.class_names,
+    )
+
+
+def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Parts:
+    """Make every part of a run. Each part's weights are keyed by the seed and its slot, so that swapping one part
+    leaves the others' initial weights as they were.
+
+    Raises:
+        UserError: parts that do not fit together, or a part's own objection.
+    """
+    data = open_data(recipe, say)
+    run = describe_run(recipe, data, device)
+    views = _made(recipe.view_generator, lambda: recipe.view_generator.build(run))
+    run = replace(run, views=tuple(views.specs))
+
+    updater = _made(recipe.target_updater, lambda: recipe.target_updater.build(run))
+    with randomness.seeded(run.seed, "backbone"):
+        backbone = _made(recipe.backbone, lambda: recipe.backbone.build(run))
+    with randomness.seeded(run.seed, "projector"):
+        projector = _made(recipe.projector, lambda: recipe.projector.build(_dim(backbone, "feature_dim"), run))
+    dim = _dim(projector, "out_dim")
+    predictor = None
+    if recipe.predictor is not None:
+        spec = recipe.predictor
+        with randomness.seeded(run.seed, "predictor"):
+            predictor = _made(spec, lambda: spec.build(dim, run))
+    with randomness.seeded(run.seed, "loss"):
+        loss = _made(recipe.loss, lambda: recipe.loss.build(dim, run))
+
+    _check_fit(recipe, cast(LossModule, loss), cast(TargetModule, updater), run)
+    model = Siamese(
+        Encoder(backbone, projector),
+        predictor,
+        cast(TargetModule, updater),
+        run.views,
+        cast(LossModule, loss).needs(run.views),
+        recipe.train.forward,
+    )
+    model.to(device)
+    loss.to(device)
+    updater.to(device)
+    if recipe.train.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    groups = parameter_groups(recipe, model, loss)
+    optimizer = _made(recipe.optimizer, lambda: recipe.optimizer.build(groups, run))
+    observers: dict[str, object] = {}
+    for observer in recipe.observers:
+        if observer.enabled:
+            name = _free(registry.name_of(type(observer)), observers)
+            observers[name] = _made(observer, lambda observer=observer: observer.build(run))  # type: ignore[misc]
+    return Parts(
+        recipe, run, device, data, views, model, loss, updater, groups, optimizer, group_values(recipe, groups, run),
+        observers,
+    )  # fmt: skip
+
+
+def parameter_groups(recipe: Recipe, model: Siamese, loss: nn.Module) -> list[ParamGroup]:
+    """Trainable parameters by part of the model and by whether they are bias or normalisation parameters.
+
+    These are told by their shape: one dimension or none.
+    """
+    parts = {
+        "backbone": model.online.backbone,
+        "projector": model.online.projector,
+        "predictor": model.predictor,
+        "loss": loss,
+    }
+    groups = []
+    for part, module in parts.items():
+        trained = [p for p in module.parameters() if p.requires_grad] if module is not None else []
+        split = recipe.optimizer.exclude_bias_and_norm
+        for excluded in (False, True):
+            chosen = [p for p in trained if (split and p.ndim <= 1) == excluded]
+            if chosen:
+                groups.append(ParamGroup(part, excluded, chosen))
+    return groups
+
+
+def group_values(recipe: Recipe, groups: list[ParamGroup], run: RunInfo) -> list[GroupValues]:
+    """The learning rate and weight decay of each group, scaled by the batch size where the recipe says so."""
+    spec = recipe.optimizer
+    scale = run.batch_size / spec.lr_reference_batch if spec.lr_reference_batch else 1.0
+    values = []
+    for group in groups:
+        own = spec.groups.get(cast(Any, group.part))
+        lr = value_of(own.lr if own and own.lr is not None else spec.lr, run)
+        decay = value_of(own.weight_decay if own and own.weight_decay is not None else spec.weight_decay, run)
+        values.append(
+            GroupValues(
+                lr=lambda step, lr=lr: lr(step) * scale,  # type: ignore[misc]
+                weight_decay=(lambda step: 0.0) if group.excluded else decay,
+            )
+        )
+    return values
+
+
+def resolve_compile(recipe: Recipe, run_pixels: float, device: Literal["cpu", "cuda"] | str) -> Recipe:
+    """The recipe with `compile = "auto"` replaced by what it means here."""
+    if recipe.train.compile != "auto":
+        return recipe
+    compiler = shutil.which("g++") or shutil.which("clang++") or shutil.which("cl")
+    pays = run_pixels >= COMPILE_PIXELS and (device == "cuda" or compiler is not None)
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": pays})})
+
+
+def _check_fit(recipe: Recipe, loss: LossModule, updater: TargetModule, run: RunInfo) -> None:
+    needs = loss.needs(run.views)
+    loss_name = registry.name_of(type(recipe.loss))
+    if needs.predictions and recipe.predictor is None:
+        raise UserError(
+            f"loss {loss_name!r} needs predictions, but the recipe has no [predictor]; add one "
+            "(use = 'identity' for none in effect)"
+        )
+    if needs.targets and updater.source == "none":
+        raise UserError(
+            f"loss {loss_name!r} needs a target branch, but target_updater "
+            f"{registry.name_of(type(recipe.target_updater))!r} makes none; use 'ema' or 'stop_gradient'"
+        )
+    wanted = {*needs.projections, *needs.predictions, *needs.targets}
+    if wanted - set(range(len(run.views))):
+        raise UserError(f"loss {loss_name!r} needs views {sorted(wanted)}, but there are only {len(run.views)}")
+    parts = recipe.train.accumulate
+    if recipe.train.batch_size % parts:
+        raise UserError(f"train.accumulate = {parts} does not divide train.batch_size = {recipe.train.batch_size}")
+    if parts > 1 and not loss.additive:
+        raise UserError(
+            f"train.accumulate = {parts}: loss {loss_name!r} compares the images of a batch with one another, so the "
+            "losses of micro-batches do not add up to the loss of the batch; use accumulate = 1"
+        )
+
+
+def _dim(module: nn.Module, attribute: str) -> int:
+    dim = getattr(module, attribute, None)
+    if not isinstance(dim, int):
+        raise RunFailed(f"{type(module).__name__} has no attribute {attribute!r}, which its kind promises")
+    return dim
+
+
+def _free(name: str, taken: dict[str, object]) -> str:
+    number = 2
+    chosen = name
+    while chosen in taken:
+        chosen, number = f"{name}_{number}", number + 1
+    return chosen
+
+
+def _made(spec: Component, make: Callable[[], T]) -> T:
+    with _blamed_on(spec):
+        return make()
+
+
+@contextmanager
+def _blamed_on(spec: Component) -> Iterator[None]:
+    """An error inside a component's `build()` names the component and the package it comes from."""
+    try:
+        yield
+    except SslkitError:
+        raise
+    except Exception as error:
+        provider = registry.find(spec.kind, registry.name_of(type(spec)))
+        first = str(error).strip().partition("\n")[0]
+        raise RunFailed(
+            f"{spec.kind} {provider.name!r} from {provider.origin} failed to build: {type(error).__name__}: {first}"
+        ) from error

@@ -1,0 +1,203 @@
+"""Checkpoints: plain data, written atomically, verified before use, never overwritten.
+
+A checkpoint is a folder `step-000001000/` of `PART.safetensors` files (tensors), `state.json` (everything else) and
+`manifest.json` (size and sha256 of each file, written last). It is complete or it is not there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sslkit.errors import RunFailed, SslkitError
+
+SCHEMA = 1
+_STEP = re.compile(r"^step-(\d{9,})$")
+_TENSOR = "__tensor__"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint that was read and verified: `parts` as they were saved, `facts` from `state.json`."""
+
+    path: Path
+    step: int
+    parts: dict[str, Any]
+    facts: dict[str, Any]
+
+
+def save(folder: Path, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
+    """Write the checkpoint of a step under `folder`; one that is already there stays.
+
+    Args:
+        folder: the run's `checkpoints` folder.
+        step: completed optimizer updates.
+        parts: state dicts: nested dicts and lists of tensors and JSON values.
+        facts: JSON values: recipe hash, provenance, offsets.
+
+    Raises:
+        RunFailed: it could not be written (disk full, read-only); earlier checkpoints are untouched.
+    """
+    final = folder / f"step-{step:09d}"
+    if final.exists():
+        return final
+    staging = folder / f".tmp-{final.name}-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+        trees = {}
+        for name, state in parts.items():
+            tensors: dict[str, Tensor] = {}
+            trees[name] = _split(state, tensors, "")
+            save_file(tensors, staging / f"{name}.safetensors")
+        _write_json(staging / "state.json", {"schema": SCHEMA, "step": step, "facts": dict(facts), "parts": trees})
+        files = {p.name: _digest(p) for p in sorted(staging.iterdir())}
+        _write_json(staging / "manifest.json", {"schema": SCHEMA, "files": files})
+        for path in staging.iterdir():
+            _sync(path)
+        _sync(staging)
+        staging.rename(final)
+        _sync(folder)
+    except BaseException as error:  # safetensors raises its own kinds, one of them below Exception
+        shutil.rmtree(staging, ignore_errors=True)
+        if isinstance(error, KeyboardInterrupt | SystemExit | SslkitError):
+            raise
+        raise RunFailed(f"{final}: the checkpoint could not be written: {error}; earlier ones are untouched") from error
+    return final
+
+
+def load(path: Path) -> Checkpoint:
+    """Read one checkpoint after checking every file against its manifest.
+
+    Raises:
+        RunFailed: something is missing, changed, or of another format.
+    """
+    try:
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        for name, expected in manifest["files"].items():
+            if Path(name).name != name or _digest(path / name) != expected:
+                raise RunFailed(f"{path}: {name} is not what the manifest says; the file was changed or damaged")
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        if state["schema"] != SCHEMA:
+            raise RunFailed(f"{path}: checkpoint format {state['schema']}; this version of sslkit reads {SCHEMA}")
+        parts = {name: _join(tree, load_file(path / f"{name}.safetensors")) for name, tree in state["parts"].items()}
+        return Checkpoint(path, int(state["step"]), parts, state["facts"])
+    except SslkitError:
+        raise
+    except Exception as error:
+        raise RunFailed(f"{path}: not a valid checkpoint: {type(error).__name__}: {error}") from error
+
+
+def listed(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(m[1]), p) for p in folder.iterdir() if (m := _STEP.match(p.name)) and p.is_dir()]
+    return [path for _, path in sorted(found)]
+
+
+def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """The newest valid checkpoint, and a line for each invalid one, which is set aside and never deleted."""
+    problems: list[str] = []
+    for path in reversed(listed(folder)):
+        try:
+            return load(path), problems
+        except RunFailed as error:
+            aside = path.with_name(f"damaged-{path.name}")
+            number = 2
+            while aside.exists():
+                aside, number = path.with_name(f"damaged-{path.name}-{number}"), number + 1
+            path.rename(aside)
+            problems.append(f"{error}; set aside as {aside.name}")
+    return None, problems
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Keep the newest `keep` checkpoints and the one with the best `knn_top1`."""
+    paths = listed(folder)
+    best: tuple[float, Path] | None = None
+    for path in paths:
+        try:
+            facts = json.loads((path / "state.json").read_text(encoding="utf-8"))["facts"]
+        except (OSError, ValueError, KeyError):
+            continue
+        knn = facts.get("knn_top1")
+        if isinstance(knn, int | float) and (best is None or knn > best[0]):
+            best = (float(knn), path)
+    for path in paths[:-keep]:
+        if best is None or path != best[1]:
+            doomed = path.with_name(f".old-{path.name}")  # a half-deleted one must not look complete
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Remove what a killed process left half-written or half-deleted."""
+    if folder.is_dir():
+        for path in folder.iterdir():
+            if path.name.startswith((".tmp-step-", ".old-step-")):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _split(state: Any, tensors: dict[str, Tensor], path: str) -> Any:
+    """The same tree with tensors moved into `tensors` and their names left in their places."""
+    if isinstance(state, Tensor):
+        tensors[path] = state.detach().cpu().contiguous().clone()  # clone: safetensors refuses shared memory
+        return {_TENSOR: path}
+    if isinstance(state, Mapping):
+        # JSON would turn the integer keys of an optimizer's state into strings, so pairs are kept.
+        return {"__map__": [[k, _split(v, tensors, f"{path}.{k}" if path else str(k))] for k, v in state.items()]}
+    if isinstance(state, tuple | list):
+        return [_split(v, tensors, f"{path}.{i}") for i, v in enumerate(state)]
+    if state is None or isinstance(state, bool | int | float | str):
+        return state
+    raise RunFailed(f"{path} in a state dict is a {type(state).__name__}; only tensors and plain values can be saved")
+
+
+def _join(tree: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(tree, dict):
+        if _TENSOR in tree:
+            return tensors[tree[_TENSOR]]
+        return {key: _join(value, tensors) for key, value in tree["__map__"]}
+    if isinstance(tree, list):
+        return [_join(value, tensors) for value in tree]
+    return tree
+
+
+def like(parameter: Tensor, state: Tensor) -> Tensor:
+    """An optimizer's tensor in the memory layout of its parameter, as it was before it was saved."""
+    if state.shape != parameter.shape:
+        return state.clone()
+    return torch.empty_like(parameter, dtype=state.dtype).copy_(state)
+
+
+def _digest(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _write_json(path: Path, value: object) -> None:
+    path.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+
+
+def _sync(path: Path) -> None:
+    """Make a file's content, or a folder's entries, survive a power cut."""
+    if os.name == "nt" and path.is_dir():
+        return  # Windows has no handle on a folder to flush
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,147 @@
+"""The command line. Only click at import: each command imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import click
+
+import sslkit
+from sslkit.errors import SslkitError
+from sslkit.registry import KINDS
+
+
+class Group(click.Group):
+    """Turns what a user must know into lines and an exit code; never a traceback for their own mistake."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except SslkitError as error:
+            for line in error.lines:
+                click.echo(line, err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo(
+                "interrupted; what was saved before is untouched, and the same command goes on from it", err=True
+            )
+            ctx.exit(130)
+        except BrokenPipeError:
+            sys.stderr.close()  # the reader went away, as `| head` does
+            ctx.exit(0)
+
+
+@click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(sslkit.__version__, prog_name="sslkit")
+def main() -> None:
+    """Self-supervised learning of image representations: a method is a recipe of plugins."""
+
+
+@main.command()
+@click.argument("recipe")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one option, as train.batch_size=64; repeatable.",
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    help="Stop after this many optimizer steps, with a checkpoint; repeat with more to go on.",
+)
+@click.option(
+    "--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto", show_default=True, help="Where to train."
+)
+@click.option("--run-dir", type=click.Path(), help="Directory of the run.  [default: runs/NAME]")
+@click.option(
+    "--resume",
+    type=click.Choice(["auto", "never"]),
+    default="auto",
+    show_default=True,
+    help="Go on with the run in the directory, or always begin a new one beside it.",
+)
+@click.option(
+    "--dry-run", is_flag=True, help="Show what would be trained, with a few measured steps, and write nothing."
+)
+@click.pass_context
+def train(
+    ctx: click.Context,
+    recipe: str,
+    overrides: tuple[str, ...],
+    steps: int | None,
+    device: str,
+    run_dir: str | None,
+    resume: Any,
+    dry_run: bool,
+) -> None:
+    """Train RECIPE: a path, or the name of a shipped recipe (see `sslkit recipes`).
+
+    The same command goes on where it was stopped. Exit codes: 0 done, 1 the run failed, 2 something to mend, 130
+    interrupted.
+    """
+    from sslkit.recipe import read_recipe
+
+    read_recipe(recipe, overrides)  # mistakes are told before torch is imported, which takes seconds
+    if dry_run:
+        from sslkit.plan import show_plan
+
+        show_plan(recipe, overrides, device=device)
+        return
+    from sslkit import launch
+
+    ctx.exit(launch.train(recipe, overrides, steps=steps, device=device, run_dir=run_dir, resume=resume))
+
+
+@main.command("list-plugins")
+@click.option("--kind", type=click.Choice(KINDS), help="Only this kind.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@click.option("--check", is_flag=True, help="Import each one, to find what is broken beyond its metadata.")
+def list_plugins(kind: str | None, as_json: bool, check: bool) -> None:
+    """List every installed component; imports none of them."""
+    from sslkit.describe import list_components
+
+    list_components(kind, as_json=as_json, check=check)
+
+
+@main.command()
+@click.argument("component", metavar="KIND.NAME")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def describe(component: str, as_json: bool) -> None:
+    """Show a component's options: types, defaults, help, and where it comes from."""
+    from sslkit.describe import describe_component
+
+    describe_component(component, as_json=as_json)
+
+
+@main.command()
+def recipes() -> None:
+    """List the recipes that come with sslkit."""
+    from sslkit.recipe import shipped
+
+    for name, path in shipped().items():
+        first = path.read_text(encoding="utf-8").partition("\n")[0]
+        click.echo(f"{name:24} {first.lstrip('# ')}")
+
+
+@main.command()
+@click.argument("name")
+@click.argument("to", required=False, type=click.Path())
+def copy(name: str, to: str | None) -> None:
+    """Write the shipped recipe NAME to a file, to be edited.  [default: NAME.toml]"""
+    from pathlib import Path
+
+    from sslkit.errors import UserError
+    from sslkit.recipe import locate
+
+    source, target = locate(name), Path(to or f"{name}.toml")
+    try:
+        with target.open("x", encoding="utf-8") as file:
+            file.write(source.read_text(encoding="utf-8"))
+    except FileExistsError:
+        raise UserError(f"{target}: is there already and was left alone; give another path") from None
+    except OSError as error:
+        raise UserError(f"{target}: cannot be written: {error.strerror}") from None
+    click.echo(f"{target}: edit it, then: sslkit train {target if '/' in str(target) else './' + str(target)}")

@@ -1,0 +1,108 @@
+"""A validation error -> lines that name the file, the line, the key, what was wrong and the nearest right name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sslkit import registry
+from sslkit.errors import UserError, did_you_mean
+
+Path = tuple[str | int, ...]
+
+_SLOTS = {"projector": "head", "predictor": "head", "observers": "observer"}
+
+
+def lines(
+    error: ValidationError, tables: dict[str, Any], where: Callable[[Path], str], top: type[BaseModel]
+) -> list[str]:
+    """One line per mistake, in the order of the file: `recipe.toml:7: loss.invarience: unknown option; ...`."""
+    found = []
+    for mistake in error.errors(include_url=False):
+        path = _known(mistake["loc"], tables)
+        dotted = ".".join(str(piece) for piece in path) or "recipe"
+        found.append((where(path), f"{dotted}: {_problem(mistake, path, tables, top)}"))
+    unique = dict.fromkeys(found)
+    return [f"{place}: {text}" for place, text in sorted(unique, key=lambda item: _order(item[0]))]
+
+
+def _problem(mistake: Any, path: Path, tables: dict[str, Any], top: type[BaseModel]) -> str:
+    kind, context, given = mistake["type"], mistake.get("ctx", {}), mistake["input"]
+    if kind == "extra_forbidden":
+        valid = _options(path[:-1], tables, top)
+        near = did_you_mean(str(path[-1]), valid)
+        return f"unknown option{near or '; known here: ' + (', '.join(valid) or 'none')}"
+    if kind == "missing":
+        what = "table" if len(path) == 1 and path[0] not in ("name", "seed") else "option"
+        return f"this {what} is required and missing"
+    if kind == "literal_error":
+        near = (
+            did_you_mean(given, [w.strip("'") for w in context["expected"].split(" or ")])
+            if isinstance(given, str)
+            else ""
+        )
+        return f"should be {context['expected']}, not {_shown(given)}{near}"
+    text = mistake["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    if kind in ("slot", "component", "scheduled"):
+        return text if kind == "component" or isinstance(given, dict) else f"{text}, not {_shown(given)}"
+    return f"{text[:1].lower()}{text[1:]}, not {_shown(given)}"
+
+
+def _options(path: Path, tables: dict[str, Any], top: type[BaseModel]) -> list[str]:
+    """The options that the table at `path` may hold."""
+    model: type[BaseModel] | None = top
+    table: Any = tables
+    for depth, piece in enumerate(path):
+        try:
+            table = table[piece]
+        except (KeyError, IndexError, TypeError):
+            return []
+        if isinstance(table, dict) and "use" in table:
+            kind = _SLOTS.get(str(path[0]), str(path[0])) if depth == (path[0] == "observers") else "schedule"
+            try:
+                model = registry.load(kind, table["use"])
+            except UserError:
+                return []
+        elif model is not None and isinstance(piece, str):
+            model = _inner_model(model, piece)
+    extra = ["use"] if isinstance(table, dict) and "use" in table else []
+    return [*(model.model_fields if model else ()), *extra]
+
+
+def _inner_model(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    if name not in model.model_fields:
+        return model  # a key of a mapping, such as a parameter group: its values have the mapping's model
+    todo = [model.model_fields[name].annotation]
+    while todo:
+        annotation = todo.pop()
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+        todo += getattr(annotation, "__args__", ())
+    return None
+
+
+def _known(path: Path, tables: Any) -> Path:
+    """Drop what pydantic adds to a path (names of union members), but keep a last key that is missing."""
+    kept: list[str | int] = []
+    for position, piece in enumerate(path):
+        inside = (isinstance(tables, dict) and piece in tables) or (
+            isinstance(tables, list) and isinstance(piece, int) and piece < len(tables)
+        )
+        if inside:
+            tables = tables[piece]
+            kept.append(piece)
+        elif position == len(path) - 1 and isinstance(tables, dict):
+            kept.append(piece)
+    return tuple(kept)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _order(place: str) -> tuple[str, int]:
+    file, _, line = place.rpartition(":")
+    return (file, int(line)) if line.isdigit() else (place, 0)

@@ -1,0 +1,153 @@
+"""Data source -> batches on the device. The batch of a step is a function of (seed, step), whoever reads it."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sslkit import randomness
+from sslkit.api import Images, RunInfo, ViewMaker
+from sslkit.batch import Batch
+
+RESIDENT_SHARE = 0.25
+"""A data set lives on the device if it takes no more than this share of the device's free memory."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """What one optimizer step reads: images, and the views' parameters, on the device."""
+
+    batch: Batch
+    parameters: dict[str, Tensor]
+
+    def micro(self, parts: int) -> Iterator[Draw]:
+        """The same in `parts` equal micro-batches."""
+        if parts == 1:
+            yield self
+            return
+        size = len(self.batch.images) // parts
+        for start in range(0, size * parts, size):
+            part = slice(start, start + size)
+            labels = self.batch.labels
+            yield Draw(
+                Batch(self.batch.images[part], self.batch.indices[part], None if labels is None else labels[part]),
+                {name: values[part] for name, values in self.parameters.items()},
+            )
+
+
+class Feed:
+    """Gives the `Draw` of any step; reads ahead in a thread where the images are not resident on the device."""
+
+    def __init__(self, images: Images, views: ViewMaker, run: RunInfo, device: torch.device) -> None:
+        self.images, self.views, self.run, self.device = images, views, run, device
+        self.resident = self._resident(images.tensor)
+        self.labels = None if images.labels is None else images.labels.to(device)
+        self._permutation: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
+        self.waited = 0.0
+        """Seconds spent waiting for data so far."""
+
+    def _resident(self, tensor: Tensor | None) -> Tensor | None:
+        if tensor is None or self.device.type == "cpu":
+            return tensor
+        free, _ = torch.cuda.mem_get_info(self.device)
+        return tensor.to(self.device) if tensor.nbytes <= RESIDENT_SHARE * free else None
+
+    def indices(self, step: int) -> Tensor:
+        """int64 `[B]` on the CPU: `perm(seed, epoch)[s*B : (s+1)*B]` for step s of its epoch."""
+        epoch, position = divmod(step, self.run.steps_per_epoch)
+        if self._permutation[0] != epoch:
+            order = torch.randperm(self.run.train_images, generator=randomness.generator(self.run.seed, "order", epoch))
+            self._permutation = (epoch, order)
+        return self._permutation[1][position * self.run.batch_size : (position + 1) * self.run.batch_size]
+
+    def draw(self, step: int) -> Draw:
+        """The images and view parameters of the update after `step`."""
+        indices = self.indices(step)
+        parameters = self.views.draw(len(indices), randomness.generator(self.run.seed, "views", step))
+        on_device = {name: self._send(values) for name, values in parameters.items()}
+        where = self._send(indices)
+        if self.resident is not None:
+            pictures = self.resident.index_select(0, where)
+        else:
+            pictures = self._send(self.images.read(indices))
+        labels = None if self.labels is None else self.labels.index_select(0, where)
+        return Draw(Batch(pictures, where, labels), on_device)
+
+    def _send(self, values: Tensor) -> Tensor:
+        if self.device.type == "cpu":
+            return values
+        return values.pin_memory().to(self.device, non_blocking=True)
+
+    def steps(self, start: int, stop: int) -> Iterator[Draw]:
+        """The draws of steps start .. stop - 1, counting in `waited` what the caller waits for."""
+        source = self._ahead(start, stop) if self.resident is None else map(self.draw, range(start, stop))
+        while True:
+            before = time.perf_counter()
+            draw = next(source, None)
+            self.waited += time.perf_counter() - before
+            if draw is None:
+                return
+            yield draw
+
+    def _ahead(self, start: int, stop: int) -> Iterator[Draw]:
+        ready: queue.Queue[Draw | BaseException | None] = queue.Queue(maxsize=2)
+        ended = threading.Event()
+
+        def put(item: Draw | BaseException | None) -> None:
+            while not ended.is_set():
+                try:
+                    ready.put(item, timeout=0.1)
+                    return
+                except queue.Full:
+                    continue
+
+        def read() -> None:
+            try:
+                for step in range(start, stop):
+                    if ended.is_set():
+                        return
+                    put(self.draw(step))
+                put(None)
+            except BaseException as error:  # carried to the thread that waits for it
+                put(error)
+
+        thread = threading.Thread(target=read, name="sslkit-read-ahead", daemon=True)
+        thread.start()
+        try:
+            while (item := ready.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            ended.set()
+            thread.join()
+
+
+def channel_statistics(images: Images, limit: int = 10_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel on the scale 0..1, of `limit` images spread evenly over the set."""
+    chosen = torch.linspace(0, len(images) - 1, min(limit, len(images))).long()
+    total = square = torch.zeros(0, dtype=torch.float64)
+    pixels = 0
+    for part in chosen.split(512):
+        values = images.read(part).to(torch.float64) / 255
+        sums, squares = values.sum(dim=(0, 2, 3)), values.square().sum(dim=(0, 2, 3))
+        total, square = (total + sums, square + squares) if pixels else (sums, squares)
+        pixels += values[:, 0].numel()
+    mean = total / pixels
+    std = (square / pixels - mean.square()).clamp_min(0).sqrt().clamp_min(1e-3)
+    return tuple(round(m, 4) for m in mean.tolist()), tuple(round(s, 4) for s in std.tolist())
+
+
+def cache_folder() -> Path:
+    """`$SSLKIT_DATA`, else `~/.cache/sslkit`."""
+    import os
+
+    chosen = os.environ.get("SSLKIT_DATA")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "sslkit"

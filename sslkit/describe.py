@@ -1,0 +1,158 @@
+"""What is installed, in words: for `list-plugins`, `describe` and the reference pages."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from sslkit import registry
+from sslkit.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from pydantic.fields import FieldInfo
+
+    from sslkit.api import Component
+
+
+def list_components(kind: str | None, *, as_json: bool, check: bool) -> None:
+    """Print every component: kind, name, distribution, version, description, and what is wrong with it."""
+    rows = []
+    for provider in registry.providers():
+        if kind is not None and provider.kind != kind:
+            continue
+        description, problem = registry.described(provider)
+        twins = [p for p in registry.providers() if p.key == provider.key and p is not provider]
+        if twins:
+            problem = f"duplicate: {' and '.join(p.origin for p in twins)} offer the same name"
+        elif check and not problem:
+            try:
+                registry.load(provider.kind, provider.name)
+            except UserError as error:
+                problem = str(error)
+        rows.append({
+            "kind": provider.kind, "name": provider.name, "distribution": provider.distribution,
+            "version": provider.version, "description": description, "problem": problem,
+        })  # fmt: skip
+    if as_json:
+        print(json.dumps(rows, indent=1))
+        return
+    table = Table(box=None, pad_edge=False)
+    for header in ("kind", "name", "from", "description"):
+        table.add_column(header, overflow="fold", no_wrap=header != "description")
+    for row in rows:
+        text = Text(row["description"])
+        if row["problem"]:
+            text = Text(f"BROKEN: {row['problem']}", style="red")
+        table.add_row(row["kind"], row["name"], f"{row['distribution']} {row['version']}", text)
+    console = Console()
+    if not console.is_terminal:
+        console.width = 200  # a pipe has no width to respect
+    console.print(table)
+
+
+def describe_component(component: str, *, as_json: bool) -> None:
+    """Print one component's options.
+
+    Raises:
+        UserError: there is none of this name.
+    """
+    kind, _, name = component.partition(".")
+    if kind not in registry.KINDS:
+        raise UserError(
+            f"{component}: should read KIND.NAME, such as loss.cosine{did_you_mean(kind, registry.KINDS)}; kinds: "
+            + ", ".join(registry.KINDS)
+        )
+    provider = registry.find(kind, name)
+    cls: Any = registry.load(kind, name)
+    shown = options(cls)
+    if as_json:
+        print(
+            json.dumps(
+                {**provider.provenance(), "doc": inspect.getdoc(cls), "source": _file(cls), "options": shown}, indent=1
+            )
+        )
+        return
+    console = Console(highlight=False)
+    console.print(f"[bold]{provider.key}[/bold]  from {provider.origin}  ({_file(cls)})", soft_wrap=True)
+    console.print(Text(inspect.getdoc(cls) or ""))
+    for option in shown:
+        default = "required" if option["required"] else f"default {option['default']}"
+        console.print(Text.assemble("\n", (option["name"], "bold"), f"  {option['type']}, {default}"))
+        console.print(Text(option["help"]))
+
+
+def options(cls: type[Component]) -> list[dict[str, Any]]:
+    """A component's options: name, type, whether required, default, help."""
+    return [
+        {
+            "name": name,
+            "type": type_name(info),
+            "required": info.is_required(),
+            "default": None if info.is_required() else _toml(info.get_default(call_default_factory=True)),
+            "help": " ".join((info.description or "").split()),
+        }
+        for name, info in cls.model_fields.items()
+    ]
+
+
+def type_name(info: FieldInfo) -> str:
+    """An option's type as a reader of recipes would put it."""
+    from pydantic import BaseModel
+
+    from sslkit.api import Schedule
+
+    def put(annotation: Any) -> str:
+        arguments = getattr(annotation, "__args__", ())
+        origin = getattr(annotation, "__origin__", None)
+        if annotation is type(None):
+            return "unset"
+        if annotation is Ellipsis:
+            return "..."
+        if str(origin) == "typing.Literal":
+            return " | ".join(repr(a) for a in arguments)
+        if isinstance(annotation, type) and not arguments:
+            if issubclass(annotation, Schedule):
+                return "schedule"
+            if issubclass(annotation, BaseModel):
+                return "table"
+            return {"str": "text", "int": "integer", "float": "number", "bool": "true | false"}.get(
+                annotation.__name__, annotation.__name__
+            )
+        if origin in (list, tuple, dict):
+            return f"{'table' if origin is dict else 'list'} of ({', '.join(put(a) for a in arguments)})"
+        if getattr(annotation, "__metadata__", None):
+            return put(annotation.__origin__)
+        return " | ".join(dict.fromkeys(put(a) for a in arguments if a is not type(None))) or str(annotation)
+
+    limits = [
+        f"{sign} {getattr(m, key)}"
+        for m in info.metadata
+        for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+        if hasattr(m, key)
+    ]
+    return " ".join([put(info.annotation), *limits])
+
+
+def _toml(value: Any) -> str:
+    if value is None:
+        return "unset"
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(_toml(v) for v in value)}]"
+    if hasattr(value, "model_dump"):
+        table = value.model_dump(mode="json")
+        return f"{{ {', '.join(f'{k} = {_toml(v)}' for k, v in table.items() if v is not None)} }}"
+    return json.dumps(value)
+
+
+def _file(cls: type) -> str:
+    try:
+        return f"{inspect.getsourcefile(cls)}:{inspect.getsourcelines(cls)[1]}"
+    except (OSError, TypeError):
+        return cls.__module__

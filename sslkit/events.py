@@ -1,0 +1,138 @@
+"""The events of a run. Observers implement these hooks; one pluggy manager per run carries them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, MutableMapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import pluggy
+
+from sslkit.api import ImageSet, RunInfo, ViewMaker
+from sslkit.batch import Branches
+from sslkit.errors import RunFailed, SslkitError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from sslkit.siamese import Siamese
+
+hookspec = pluggy.HookspecMarker("sslkit")
+observes = pluggy.HookimplMarker("sslkit")
+"""Marks a method of an observer as the implementation of the hook of its name."""
+
+
+class Run(Protocol):
+    """What an observer sees of the run."""
+
+    info: RunInfo
+    directory: Path
+    data: ImageSet
+    views: ViewMaker
+    model: Siamese
+
+    @property
+    def step(self) -> int:
+        """Completed optimizer updates."""
+        ...
+
+    @property
+    def interrupted(self) -> bool:
+        """True once a signal asked the run to end: leave long work at the next chance."""
+        ...
+
+    def features(self, split: str, indices: Tensor) -> Tensor:
+        """float32 `[n, feature_dim]`: backbone features of clean `"train"` or `"test"` images in eval mode.
+
+        The branch is the one the target updater names for evaluation.
+        """
+        ...
+
+    def record(self, values: Mapping[str, float]) -> None:
+        """Write a line of `metrics.jsonl`; `step` and `epoch` are added."""
+        ...
+
+    def say(self, text: str) -> None:
+        """Tell the user one line, without disturbing the progress display."""
+        ...
+
+
+class Hooks:
+    """What can be observed. Implement any of these, with any subset of their arguments."""
+
+    @hookspec
+    def run_started(self, run: Run) -> None:
+        """Before the first step of this process. `run.step` is 0 unless the run goes on from a checkpoint."""
+
+    @hookspec
+    def step_ended(self, run: Run, branches: Branches) -> None:
+        """After every update. `branches` are detached and on the device: do not copy them to the host here."""
+
+    @hookspec
+    def logging(self, run: Run, record: MutableMapping[str, float | Tensor]) -> None:
+        """Every `train.log_every` steps, before a record is written: add numbers or 0-dim tensors to it."""
+
+    @hookspec
+    def epoch_ended(self, run: Run) -> None:
+        """After the last step of an epoch."""
+
+    @hookspec
+    def recorded(self, run: Run, record: Mapping[str, float]) -> None:
+        """After a line was written to `metrics.jsonl`."""
+
+    @hookspec
+    def checkpoint_saved(self, run: Run, path: Path) -> None:
+        """After a checkpoint is safely on disk."""
+
+    @hookspec
+    def run_ended(self, run: Run, status: str) -> None:
+        """After the last step of this process; `status` as in `status.json`."""
+
+
+class Bus:
+    """One run's observers, called in the order of the recipe; an error names the observer at fault."""
+
+    def __init__(self, observers: Mapping[str, object]) -> None:
+        self.observers = dict(observers)
+        self.manager = pluggy.PluginManager("sslkit")
+        self.manager.add_hookspecs(Hooks)
+        # pluggy calls the last registered first; the recipe's order reads better.
+        for name, observer in reversed(list(self.observers.items())):
+            self.manager.register(observer, name=name)
+        try:
+            self.manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            raise RunFailed(f"an observer implements an event that does not exist: {error}") from None
+
+    def emit(self, event: str, **arguments: Any) -> None:
+        """Call every observer's hook for an event.
+
+        Raises:
+            RunFailed: an observer raised; the message says which, where and what.
+        """
+        try:
+            getattr(self.manager.hook, event)(**arguments)
+        except SslkitError:
+            raise
+        except Exception as error:
+            raise RunFailed(f"{self._culprit(error)} failed in {event}: {type(error).__name__}: {error}") from error
+
+    def _culprit(self, error: BaseException) -> str:
+        frame = error.__traceback__
+        while frame is not None:
+            owner = frame.tb_frame.f_locals.get("self")
+            for name, observer in self.observers.items():
+                if owner is observer:
+                    return f"observer {name!r}"
+            frame = frame.tb_next
+        return "an observer"
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state of every observer that has some."""
+        return {name: o.state_dict() for name, o in self.observers.items() if hasattr(o, "state_dict")}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` gave; observers that were added since start fresh."""
+        for name, observer in self.observers.items():
+            if name in state and hasattr(observer, "load_state_dict"):
+                observer.load_state_dict(state[name])

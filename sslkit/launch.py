@@ -1,0 +1,285 @@
+"""From a recipe's name to a finished run: the directory, going on, signals, the summary."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+
+from sslkit import checkpoint, doctor
+from sslkit.build import Parts, build, choose_device, resolve_compile
+from sslkit.errors import RunFailed, UserError
+from sslkit.progress import Display
+from sslkit.recipe import Recipe, differences, parse_recipe, read_recipe
+from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment, read_metrics
+from sslkit.train import Trainer
+
+INTERRUPTED = 130
+
+
+@dataclass
+class StopSignals:
+    """SIGTERM, SIGINT and SIGUSR1 set a flag, which the loop polls; the same signal again takes its usual course."""
+
+    received: int | None = None
+    _before: dict[int, Any] = field(default_factory=dict)
+
+    def __enter__(self) -> StopSignals:
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
+            number = getattr(signal, name, None)  # Windows has no SIGUSR1
+            if number is not None:
+                try:
+                    self._before[number] = signal.signal(number, self._handle)
+                except ValueError:  # not the main thread: whoever runs us there stops us in their own way
+                    break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: FrameType | None) -> None:
+        self.received = number
+        signal.signal(number, self._before[number])
+
+    def asked(self) -> bool:
+        """True once a signal came."""
+        return self.received is not None
+
+
+def train(
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    steps: int | None = None,
+    device: str = "auto",
+    run_dir: str | None = None,
+    resume: Literal["auto", "never"] = "auto",
+    console: Console | None = None,
+) -> int:
+    """Train a recipe, or go on where an earlier call stopped.
+
+    Returns:
+        The exit code: 0 done or preempted, 130 interrupted from the keyboard.
+
+    Raises:
+        UserError: the recipe, the options or the machine do not allow it.
+        RunFailed: the run began and could not go on.
+    """
+    console = console or Console(stderr=False)
+    recipe = read_recipe(source, overrides)
+    doctor.check_accepted(recipe.train.accept)
+    where = choose_device(device)
+    path = _choose_directory(recipe.name, run_dir, resume)
+    with _opened(path) as files:
+        earlier = _earlier_recipe(files)
+        if earlier is not None:
+            recipe = _compare(recipe, earlier, path, source)
+            if _finished(files):
+                console.print(f"{path}: this run is finished", highlight=False)
+                _summarise(files, console)
+                return 0
+        return _train(recipe, files, where, steps, console)
+
+
+def _train(recipe: Recipe, files: RunDirectory, device: torch.device, steps: int | None, console: Console) -> int:
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    with StopSignals() as signals:
+        parts = build(recipe, device, say)
+        recipe = parts.recipe = resolve_compile(recipe, view_pixels(parts), device.type)
+        refuse_findings(parts)
+        found = _newest_checkpoint(files, parts, say)
+        files.write("recipe.lock.toml", LOCK_HEADER + recipe.to_toml())
+        files.write("env.json", json.dumps(
+            environment(sys.argv, recipe.provenance(), _device_name(device), parts.data.fingerprint), indent=1
+        ) + "\n")  # fmt: skip
+        files.write("bad_samples.jsonl", "".join(json.dumps(dict(bad)) + "\n" for bad in parts.data.bad))
+        files.open_metrics(int(found.facts["metrics_offset"]) if found else 0)
+
+        display = Display(console, parts.run.total_steps, parts.run.steps_per_epoch)
+        parts.observers["progress"] = display
+        trainer = Trainer(parts, files, display.say, signals.asked)
+        if found:
+            trainer.restore(found)
+            say(f"going on from step {found.step} ({found.path})")
+        _announce(trainer, say)
+        stop = min(steps or parts.run.total_steps, parts.run.total_steps)
+        if trainer.step >= stop:
+            say(f"{files.path} is at step {trainer.step} already; a larger --steps goes on")
+            return 0
+        return _fit(trainer, display, signals, stop, console)
+
+
+def _fit(trainer: Trainer, display: Display, signals: StopSignals, stop: int, console: Console) -> int:
+    files, status = trainer.files, "failed"
+    files.status("running", step=trainer.step, of=trainer.info.total_steps)
+    try:
+        with display:
+            display.advance(trainer.step)
+            trainer.fit(stop, lambda: display.advance(trainer.step))
+        status = "done" if trainer.step == trainer.info.total_steps else "stopped"
+        if signals.received is not None and trainer.step < stop:
+            status = "interrupted" if signals.received == signal.SIGINT else "preempted"
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(_memory_advice(trainer, error)) from error
+    except KeyboardInterrupt:
+        status = "interrupted"  # a second Ctrl-C: the newest checkpoint is the earlier one
+        raise
+    finally:
+        files.status(status, step=trainer.step, of=trainer.info.total_steps)
+        if status != "failed":
+            trainer.bus.emit("run_ended", run=trainer, status=status)
+    if status == "done":
+        _summarise(files, console)
+    else:
+        console.print(
+            f"{status} at step {trainer.step} of {trainer.info.total_steps}; the same command goes on from there",
+            highlight=False,
+        )
+        console.print(f"run directory: {files.path}", highlight=False, soft_wrap=True)
+    return INTERRUPTED if status == "interrupted" else 0
+
+
+def refuse_findings(parts: Parts) -> None:
+    """Stop before training on anything known to fail that the recipe does not accept by id.
+
+    Raises:
+        UserError: one line for each such finding.
+    """
+    found = doctor.tau_findings(parts.target.tau, parts.run.total_steps)
+    lines = [
+        f"target_updater.tau: {f.text} (to train all the same: train.accept = [{f.id!r}])"
+        for f in found
+        if f.id not in parts.recipe.train.accept
+    ]
+    if lines:
+        raise UserError(*lines)
+
+
+def view_pixels(parts: Parts) -> float:
+    """Pixels of all views of the whole run."""
+    run = parts.run
+    return float(run.total_steps) * run.batch_size * sum(view.size**2 for view in run.views)
+
+
+# ---------------------------------------------------------------- the directory
+
+
+def _choose_directory(name: str, chosen: str | None, resume: str) -> Path:
+    path = Path(chosen) if chosen else Path("runs") / name
+    if resume == "auto" or not (path / "recipe.lock.toml").exists():
+        return path
+    if chosen:
+        raise UserError(f"{path}: holds a run already, and --resume never was given; choose another --run-dir")
+    number = 2
+    while Path("runs", f"{name}-{number}").exists():
+        number += 1
+    return Path("runs", f"{name}-{number}")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[RunDirectory]:
+    """The directory, held while the block runs; if nothing came of it, no trace is left."""
+    files = RunDirectory(path)
+    try:
+        yield files
+    finally:
+        files.close()
+        if not files.has_run:
+            (path / ".lock").unlink(missing_ok=True)
+            if not any(path.iterdir()):
+                path.rmdir()
+
+
+def _earlier_recipe(files: RunDirectory) -> Recipe | None:
+    if not files.has_run:
+        return None
+    text = files.lock_file.read_text(encoding="utf-8")
+    return parse_recipe(text, str(files.lock_file))
+
+
+def _compare(recipe: Recipe, earlier: Recipe, path: Path, source: str) -> Recipe:
+    """The recipe to go on with: what `auto` chose at the start stands."""
+    if recipe.train.compile == "auto":
+        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": earlier.train.compile})})
+    if changed := differences(earlier, recipe):
+        raise UserError(
+            f"{path}: holds a run of another recipe; to train the changed one: "
+            f"sslkit train {source} --run-dir {path}-2",
+            *(f"  {line}" for line in changed),
+        )
+    return recipe
+
+
+def _finished(files: RunDirectory) -> bool:
+    return files.read_status().get("status") == "done"
+
+
+def _newest_checkpoint(files: RunDirectory, parts: Parts, say: Any) -> checkpoint.Checkpoint | None:
+    checkpoint.clean(files.checkpoints)
+    found, problems = checkpoint.newest(files.checkpoints)
+    for problem in problems:
+        say(problem)
+    if found and found.facts["data_fingerprint"] != parts.data.fingerprint:
+        raise UserError(
+            f"{files.path}: the data changed since this run began (fingerprint {found.facts['data_fingerprint']}, now "
+            f"{parts.data.fingerprint}); put the old data back, or start anew with another --run-dir"
+        )
+    return found
+
+
+# ---------------------------------------------------------------- words
+
+
+def _announce(trainer: Trainer, say: Any) -> None:
+    run, recipe = trainer.info, trainer.recipe
+    left_out = run.train_images - run.steps_per_epoch * run.batch_size
+    say(
+        f"{recipe.name} ({recipe.hash()}) on {_device_name(trainer.device)}: {run.train_images} images, "
+        f"{recipe.train.epochs} epochs of {run.steps_per_epoch} steps"
+        + (f" (each leaves out {left_out} images, an incomplete batch)" if left_out else "")
+    )
+    if recipe.train.compile:
+        say("compiling views and networks: the first step takes a minute or two")
+
+
+def _summarise(files: RunDirectory, console: Console) -> None:
+    """The floor and what training made of it, beside each other."""
+    records = read_metrics(files.path)
+    measured = [r for r in records if r.get("knn_top1") is not None]
+    if measured:
+        first, last = measured[0], measured[-1]
+        protocol = f"k {last['knn_k']:.0f}, T {last['knn_temperature']:g}, bank {last['knn_bank']:.0f}"
+        console.print(
+            f"kNN top-1 ({protocol}): {first['knn_top1']:.4f} random network (step {first['step']}) -> "
+            f"{last['knn_top1']:.4f} after {last['step']} steps",
+            highlight=False,
+        )
+    losses = [r["loss"] for r in records if r.get("loss") is not None]
+    if losses:
+        console.print(f"loss: {losses[0]:.4f} -> {losses[-1]:.4f} (it cannot rank runs; kNN can)", highlight=False)
+    console.print(f"run directory: {files.path}", highlight=False, soft_wrap=True)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
+
+
+def _memory_advice(trainer: Trainer, error: Exception) -> str:
+    train = trainer.recipe.train
+    return (
+        f"out of memory at step {trainer.step + 1} with train.batch_size = {train.batch_size}, accumulate = "
+        f"{train.accumulate}, precision = {train.precision!r}: {str(error).partition('. ')[0]}. Make the batch "
+        "smaller, or train.accumulate larger"
+    )

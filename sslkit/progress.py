@@ -1,0 +1,84 @@
+"""What a user sees while a run goes: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+
+from sslkit.events import Run, observes
+
+QUIET_SECONDS = 10.0
+"""Without a terminal, records are printed no more often than this; measurements of quality always are."""
+
+
+class Display:
+    """An observer like any other: it draws from the records of `metrics.jsonl`."""
+
+    def __init__(self, console: Console, total_steps: int, steps_per_epoch: int) -> None:
+        self.console, self.steps_per_epoch = console, steps_per_epoch
+        self.shown: dict[str, Any] = {}
+        self._printed = -QUIET_SECONDS
+        self.progress: Progress | None = None
+        self.task = TaskID(0)
+        if console.is_terminal:
+            self.progress = Progress(
+                TextColumn("epoch {task.fields[epoch]:.1f}"),
+                BarColumn(bar_width=None),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[numbers]}"),
+                console=console,
+                refresh_per_second=4,
+            )
+            self.task = self.progress.add_task("", total=total_steps, epoch=0.0, numbers="starting")
+
+    def __enter__(self) -> Display:
+        if self.progress:
+            self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.progress:
+            self.progress.stop()
+
+    def say(self, text: str) -> None:
+        """One line above the progress."""
+        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    def advance(self, step: int) -> None:
+        """The run is at this step."""
+        if self.progress:
+            self.progress.update(self.task, completed=step, epoch=step / self.steps_per_epoch)
+
+    @observes
+    def recorded(self, run: Run, record: Mapping[str, Any]) -> None:
+        self.shown |= record
+        if self.progress:
+            self.progress.update(self.task, numbers=_numbers(self.shown))
+        now = time.monotonic()
+        if "knn_top1" in record and record["step"] == 0:
+            self.say(f"kNN top-1 of the random network: {record['knn_top1']:.4f}")
+        elif self.progress is None and ("knn_top1" in record or now - self._printed >= QUIET_SECONDS):
+            self._printed = now
+            self.say(f"epoch {record['epoch']:.2f}  step {record['step']}/{run.info.total_steps}  {_numbers(record)}")
+
+
+def _numbers(record: Mapping[str, Any]) -> str:
+    """The figures worth a glance, those that were measured."""
+    parts = []
+    for key, label, form in (
+        ("loss", "loss", ".4f"),
+        ("tau", "tau", ".5f"),
+        ("knn_top1", "kNN", ".4f"),
+        ("std_sqrt_d", "std*sqrt(d)", ".2f"),
+        ("images_per_second", "images/s", ".0f"),
+        ("data_wait", "waiting for data", ".0%"),
+    ):
+        value = record.get(key)
+        if value is not None:
+            parts.append(f"{label} {value:{form}}")
+    return "  ".join(parts)

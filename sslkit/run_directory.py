@@ -1,0 +1,196 @@
+"""A run's directory: one writer, and files that say what was run and how it goes.
+
+`recipe.lock.toml`, `env.json`, `status.json`, `metrics.jsonl`, `bad_samples.jsonl`, `checkpoints/`, `tensorboard/`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from sslkit.errors import RunFailed, UserError
+
+LOCK_HEADER = "# Every option of the run, spelt out. `sslkit train` on this file gives the same losses.\n"
+
+
+class RunDirectory:
+    """Opens a directory for writing, and holds it until `close`.
+
+    Raises:
+        UserError: it cannot be written, or another process writes to it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".writable"
+            probe.write_bytes(b"")
+            probe.unlink()
+        except OSError as error:
+            raise UserError(
+                f"{path}: cannot be written: {error.strerror or error}; choose another place with --run-dir"
+            ) from None
+        # The operating system lets go of the lock if the process dies, so a crash leaves nothing to clean up.
+        self._lock = FileLock(path / ".lock")
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(
+                f"{path}: another process is training in this directory; choose another --run-dir"
+            ) from None
+        self._metrics: Any = None
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the checkpoints lie."""
+        return self.path / "checkpoints"
+
+    @property
+    def lock_file(self) -> Path:
+        """The resolved recipe."""
+        return self.path / "recipe.lock.toml"
+
+    @property
+    def has_run(self) -> bool:
+        """True if a run was begun here."""
+        return self.lock_file.is_file()
+
+    def write(self, name: str, text: str) -> None:
+        """Write a small file so that a reader never sees half of it.
+
+        Raises:
+            RunFailed: the disk is full, or the directory is gone.
+        """
+        path = self.path / name
+        try:
+            staging = path.with_name(f".{name}.tmp")
+            staging.write_text(text, encoding="utf-8")
+            staging.replace(path)
+        except OSError as error:
+            raise RunFailed(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def status(self, state: str, **facts: Any) -> None:
+        """`status.json`: running, preempted, interrupted, stopped, failed or done, with the step."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        self.write(
+            "status.json", json.dumps({"status": state, "time": now, "pid": os.getpid(), **facts}, indent=1) + "\n"
+        )
+
+    def read_status(self) -> dict[str, Any]:
+        """`status.json`, empty where there is none."""
+        try:
+            found = json.loads((self.path / "status.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    # ------------------------------------------------------------ metrics
+
+    def open_metrics(self, offset: int) -> None:
+        """Open `metrics.jsonl` for appending, after cutting it to the offset that a checkpoint remembers."""
+        path = self.path / "metrics.jsonl"
+        try:
+            self._metrics = path.open("ab")
+            self.cut_metrics(offset)
+        except OSError as error:
+            raise RunFailed(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def cut_metrics(self, offset: int) -> None:
+        """Drop the records after an offset: they will be measured again."""
+        if self._metrics.tell() > offset:
+            self._metrics.truncate(offset)
+            self._metrics.seek(0, os.SEEK_END)
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Append one line, in one write."""
+        try:
+            self._metrics.write((json.dumps(values) + "\n").encode())
+            self._metrics.flush()
+        except OSError as error:
+            raise RunFailed(f"{self.path / 'metrics.jsonl'}: cannot be written: {error.strerror or error}") from error
+
+    @property
+    def metrics_offset(self) -> int:
+        """Bytes written to `metrics.jsonl`."""
+        return int(self._metrics.tell())
+
+    def sync_metrics(self) -> None:
+        """Make the records survive a power cut, before a checkpoint refers to them."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        """Let go of the directory."""
+        if self._metrics is not None:
+            self._metrics.close()
+        self._lock.release()
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """All records of a run's `metrics.jsonl`; a last line that was cut off by a crash is left out."""
+    records = []
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def environment(
+    command: Sequence[str], provenance: list[dict[str, str]], device: str, fingerprint: str
+) -> dict[str, Any]:
+    """What `env.json` holds: versions, machine, plugins, data, the commit of the working directory."""
+    packages = ("sslkit", "torch", "torchvision", "timm", "numpy", "pydantic", "safetensors")
+    return {
+        "command": list(command),
+        "python": sys.version.split()[0],
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": os.cpu_count(),
+        "device": device,
+        "packages": {name: found for name in packages if (found := _version(name))},
+        "plugins": provenance,
+        "data_fingerprint": fingerprint,
+        "git": _git(),
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _git() -> dict[str, Any] | None:
+    def ask(*arguments: str) -> str:
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, check=True, timeout=5, stdin=subprocess.DEVNULL
+        ).stdout.strip()
+
+    try:
+        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,328 @@
+"""The loop. `Trainer.train_step` is one update of any method, in the order in which a batch travels."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sslkit import checkpoint, evaluate, randomness
+from sslkit.batch import Branches, LossTerms, joined
+from sslkit.build import Parts
+from sslkit.data import Draw, Feed
+from sslkit.errors import RunFailed
+from sslkit.events import Bus
+from sslkit.run_directory import RunDirectory
+
+
+class Trainer:
+    """A run in progress: the parts, the position, and what observers see of it (`sslkit.events.Run`)."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        directory: RunDirectory,
+        say: Callable[[str], None] = print,
+        asked_to_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.parts, self.recipe, self.info, self.device = parts, parts.recipe, parts.run, parts.device
+        self.model, self.loss, self.optimizer = parts.model, parts.loss, parts.optimizer
+        self.data, self.views = parts.data, parts.views
+        self.files, self.directory = directory, directory.path
+        self.say, self._asked_to_stop = say, asked_to_stop
+        self.bus = Bus(parts.observers)
+        self.feed = Feed(parts.data.train, parts.views, parts.run, self.device)
+        self.step = 0
+        self.knn_top1: float | None = None
+        """The newest kNN accuracy, by which checkpoints are kept."""
+        self.trained = [p for group in parts.groups for p in group.parameters]
+        self.hooked = [
+            m
+            for top in (self.model, self.loss, parts.updater)
+            for m in top.modules()
+            if hasattr(m, "after_backward") or hasattr(m, "after_step")
+        ]
+        self.bad_step = torch.full((), -1, device=self.device)
+        """The first step whose loss or gradient was not finite, on the device; -1 while there is none."""
+        self.terms = LossTerms(torch.zeros((), device=self.device))
+        self.gradient_norm = torch.zeros((), device=self.device)
+        self._epoch_pending = False
+        self._clock = (time.perf_counter(), 0, 0.0)
+        if self.recipe.train.compile:
+            self._compile()
+
+    def _compile(self) -> None:
+        # Branch by branch rather than the whole step: the same code then serves every view. Evaluation calls the
+        # backbone below these, so it stays eager and never makes anything compile again.
+        self.model.online.compile(dynamic=False)
+        if self.model.target is not None:
+            self.model.target.compile(dynamic=False)
+        self.make_views = torch.compile(self.make_views, dynamic=False)  # type: ignore[method-assign]
+
+    # ------------------------------------------------------------ one step
+
+    def train_step(self, draw: Draw) -> Branches:
+        """One optimizer update. Nothing here waits for the device."""
+        self._begin()
+        seen: list[Branches] = []
+        terms: list[LossTerms] = []
+        for micro in draw.micro(self.recipe.train.accumulate):
+            views = self.make_views(micro.batch.images, micro.parameters)
+            with self._precision():
+                branches = self.model(views)  # backbone, projector, predictor; target without gradient
+            branches.indices, branches.labels = micro.batch.indices, micro.batch.labels
+            terms.append(self.loss(branches))
+            (terms[-1].total / self.recipe.train.accumulate).backward()
+            seen.append(branches.detached())
+        branches, self.terms = joined(seen), _mean(terms)
+
+        finite = self._measure_gradient()
+        self._optimize(finite)
+        self._update_target(finite)
+        self._commit(branches, finite)
+        self._call("after_step")
+        self.step += 1
+        self.bus.emit("step_ended", run=self, branches=branches)
+        return branches
+
+    def make_views(self, images: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """uint8 `[B, C, H, W]` -> V views, float `[B, C, h, w]`."""
+        views = self.views.appear(self.views.crop(images, parameters), parameters)
+        if self.recipe.train.channels_last:
+            views = [v.contiguous(memory_format=torch.channels_last) for v in views]
+        return views
+
+    def _begin(self) -> None:
+        # Dropout and stray draws are keyed too, so that a resumed step repeats them.
+        torch.manual_seed(randomness.key(self.info.seed, "step", self.step))
+        for group, values in zip(self.optimizer.param_groups, self.parts.values, strict=True):
+            group["lr"], group["weight_decay"] = values.lr(self.step), values.weight_decay(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _precision(self) -> AbstractContextManager[object]:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
+
+    def _measure_gradient(self) -> Tensor:
+        """Call the hooks after the backward pass, clip, and tell (0-dim bool) whether everything is finite."""
+        self._call("after_backward")
+        gradients = [p.grad for p in self.trained if p.grad is not None]
+        self.gradient_norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
+        if self.recipe.train.clip_grad_norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(
+                self.trained, self.recipe.train.clip_grad_norm, self.gradient_norm, foreach=True
+            )
+        finite = torch.isfinite(self.terms.total) & torch.isfinite(self.gradient_norm)
+        self.bad_step = torch.where(~finite & (self.bad_step < 0), self.step, self.bad_step)
+        return finite
+
+    def _optimize(self, finite: Tensor) -> None:
+        """Step the optimizer, unless something is not finite."""
+        if getattr(self.optimizer, "_step_supports_amp_scaling", False):
+            self.optimizer.grad_scale = None  # type: ignore[attr-defined]
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bool(finite):  # this optimizer cannot be told on the device
+            self.optimizer.step()
+
+    def _update_target(self, finite: Tensor) -> None:
+        """Move the target once, after the optimizer's step."""
+        if self.model.target is None:
+            return
+        tau = self.parts.target.tau(self.step)
+        if tau is None:
+            raise RunFailed("the target updater makes a second network, but its tau(step) gives no number")
+        if self.device.type == "cpu":
+            if bool(finite):
+                self.parts.target.update(self.model.online, self.model.target, tau)
+        else:  # a tau of 1 leaves the target where it is
+            masked = torch.where(finite, torch.full((), tau, device=self.device), 1.0)
+            self.parts.target.update(self.model.online, self.model.target, masked)
+
+    def _commit(self, branches: Branches, finite: Tensor) -> None:
+        """Let the loss move its queues and centres."""
+        with torch.no_grad():
+            if self.device.type == "cpu":
+                if bool(finite):
+                    self.parts.loss_module.commit(branches)
+                return
+            before = [(b, b.clone()) for b in self.loss.buffers()]
+            self.parts.loss_module.commit(branches)
+            for buffer, old in before:
+                buffer.copy_(torch.where(finite, buffer, old))
+
+    def _call(self, hook: str) -> None:
+        for module in self.hooked:
+            if hasattr(module, hook):
+                getattr(module, hook)(self.step)
+
+    # ------------------------------------------------------------ the run
+
+    def fit(self, stop: int, on_step: Callable[[], None] = lambda: None) -> None:
+        """Train up to step `stop`, or until a signal asks to end; the last thing done is a checkpoint.
+
+        Raises:
+            RunFailed: a loss or gradient was not finite, an observer failed, the disk is full.
+        """
+        train, info = self.recipe.train, self.info
+        self.bus.emit("run_started", run=self)
+        if self._epoch_pending:
+            self._end_epoch()
+        self._clock = (time.perf_counter(), self.step, self.feed.waited)
+        draws = self.feed.steps(self.step, stop)
+        while not self.interrupted and (draw := next(draws, None)) is not None:
+            self.train_step(draw)
+            on_step()
+            if self.step == 1 or self.step % train.log_every == 0 or self.step == info.total_steps:
+                self._log()
+            if self.step % info.steps_per_epoch == 0:
+                self._end_epoch()
+            if self.step % train.checkpoint_every == 0 and self.step != stop:
+                self.save()
+        draws.close()  # type: ignore[attr-defined]
+        if self.step:
+            self.save()
+
+    def _end_epoch(self) -> None:
+        offset = self.files.metrics_offset
+        self.bus.emit("epoch_ended", run=self)
+        self._epoch_pending = self.interrupted
+        if self._epoch_pending:  # observers may have left early: the next process does the epoch's end again
+            self.files.cut_metrics(offset)
+        self._clock = (time.perf_counter(), self.step, self.feed.waited)
+
+    def _log(self) -> None:
+        self.check_finite()
+        now = time.perf_counter()
+        since, step, waited = self._clock
+        record: dict[str, Any] = {"loss": self.terms.total, **self.terms.terms, "grad_norm": self.gradient_norm}
+        rates = {g["part"]: g["lr"] for g in self.optimizer.param_groups}
+        record["lr"] = next(iter(rates.values()))
+        record |= {f"lr_{part}": lr for part, lr in rates.items() if lr != record["lr"]}
+        tau = self.parts.target.tau(self.step - 1)
+        if tau is not None:
+            record["tau"] = tau
+        if self.step > 1:  # the first step also compiles and warms up
+            record["images_per_second"] = (self.step - step) * self.info.batch_size / (now - since)
+            record["data_wait"] = (self.feed.waited - waited) / (now - since)
+        self.bus.emit("logging", run=self, record=record)
+        self.record(record)
+        self._clock = (time.perf_counter(), self.step, self.feed.waited)
+
+    def check_finite(self) -> None:
+        """Read the device's flag.
+
+        Raises:
+            RunFailed: a loss or gradient was not finite; nothing was updated from that step on.
+        """
+        step = int(self.bad_step)
+        if step >= 0:
+            raise RunFailed(
+                f"the loss or its gradient is not finite at step {step + 1} (seed {self.info.seed}); weights, "
+                "optimizer and target were left as they were before it. Lower the learning rate, lengthen its warm-up, "
+                "or set train.clip_grad_norm; train.precision = 'fp32' tells whether bf16 is to blame"
+            )
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that affects the next loss."""
+        self.check_finite()
+        self.files.sync_metrics()
+        parts = {
+            "model": self.model.state_dict(),
+            "loss": self.loss.state_dict(),
+            "target_updater": self.parts.updater.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "observers": self.bus.state_dict(),
+        }
+        facts = {
+            "recipe_hash": self.recipe.hash(),
+            "data_fingerprint": self.data.fingerprint,
+            "metrics_offset": self.files.metrics_offset,
+            "samples_seen": self.step * self.info.batch_size,
+            "seed": self.info.seed,
+            "epoch_pending": self._epoch_pending,
+            "knn_top1": self.knn_top1,
+            "plugins": self.recipe.provenance(),
+        }
+        path = checkpoint.save(self.files.checkpoints, self.step, parts, facts)
+        checkpoint.prune(self.files.checkpoints, self.recipe.train.keep_checkpoints)
+        self.bus.emit("checkpoint_saved", run=self, path=path)
+
+    def restore(self, found: checkpoint.Checkpoint) -> None:
+        """Go on from a checkpoint.
+
+        Raises:
+            RunFailed: it does not fit the recipe's parts.
+        """
+        try:
+            self.model.load_state_dict(found.parts["model"])
+            self.loss.load_state_dict(found.parts["loss"])
+            self.parts.updater.load_state_dict(found.parts["target_updater"])
+            self.optimizer.load_state_dict(self._in_layout(found.parts["optimizer"]))
+            self.bus.load_state_dict(found.parts["observers"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            first = str(error).partition("\n")[0]
+            raise RunFailed(f"{found.path}: does not fit this recipe: {type(error).__name__}: {first}") from error
+        self.step = found.step
+        self.knn_top1 = found.facts.get("knn_top1")
+        self._epoch_pending = bool(found.facts.get("epoch_pending"))
+
+    def _in_layout(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Optimizer state in the memory layout of its parameters, which files do not keep: sums then round alike."""
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        for number, values in state["state"].items():
+            for name, value in values.items():
+                if isinstance(value, Tensor):
+                    values[name] = checkpoint.like(parameters[number], value)
+        return state
+
+    # ------------------------------------------------------------ what observers see
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the training images so far, with its fraction."""
+        return self.step / self.info.steps_per_epoch
+
+    @property
+    def interrupted(self) -> bool:
+        """True once a signal asked the run to end."""
+        return self._asked_to_stop()
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The backbone of the branch that the target updater names for evaluation."""
+        if self.parts.target.evaluated == "target" and self.model.target is not None:
+            return self.model.target.backbone  # type: ignore[return-value]
+        return self.model.online.backbone
+
+    def features(self, split: str, indices: Tensor) -> Tensor:
+        """See `sslkit.events.Run.features`."""
+        images = self.data.train if split == "train" else self.data.test
+        if images is None:
+            raise RunFailed("this data source has no test images to measure on")
+        return evaluate.features(
+            self.encoder, images, indices, self.views.clean, self.device,
+            bf16=self.recipe.train.precision == "bf16", interrupted=self._asked_to_stop,
+        )  # fmt: skip
+
+    def record(self, values: Mapping[str, float | Tensor]) -> None:
+        """See `sslkit.events.Run.record`; tensors are read from the device here, all at once."""
+        names = [name for name, value in values.items() if isinstance(value, Tensor)]
+        read = torch.stack([values[n].detach().float() for n in names]).tolist() if names else []  # type: ignore[union-attr]
+        plain = {**values, **dict(zip(names, read, strict=True))}
+        line: dict[str, Any] = {"step": self.step, "epoch": round(self.epoch, 6)}
+        line |= {name: value if math.isfinite(value) else None for name, value in plain.items()}  # type: ignore[arg-type]
+        self.files.record(line)
+        self.knn_top1 = line.get("knn_top1", self.knn_top1)
+        self.bus.emit("recorded", run=self, record=line)
+
+
+def _mean(terms: list[LossTerms]) -> LossTerms:
+    """The mean over micro-batches, outside the graph."""
+    total = torch.stack([t.total.detach() for t in terms]).mean()
+    names = terms[0].terms
+    return LossTerms(total, {name: torch.stack([t.terms[name].detach() for t in terms]).mean() for name in names})

@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+TINY = """
+name = "tiny"
+
+[data_source]
+use = "digits"
+prints = 1
+test_prints = 1
+
+[view_generator]
+use = "two_crops"
+
+[backbone]
+use = "convnet"
+widths = [8, 8]
+strides = [2, 2]
+pool = 1
+
+[projector]
+use = "mlp"
+hidden_dim = 16
+out_dim = 8
+
+[predictor]
+use = "mlp"
+hidden_dim = 16
+out_dim = 8
+
+[loss]
+use = "cosine"
+
+[target_updater]
+use = "ema"
+tau = { use = "cosine", start = 0.9, end = 1.0 }
+
+[optimizer]
+use = "sgd"
+lr = { use = "warmup_cosine", peak = 0.1, warmup_steps = 5 }
+weight_decay = 1e-4
+
+[train]
+epochs = 2
+batch_size = 128
+log_every = 5
+checkpoint_every = 4
+compile = false
+
+[[observers]]
+use = "knn"
+bank = 200
+queries = 100
+k = 20
+"""
+"""BYOL on a network of a few thousand parameters: 10 steps an epoch, a second or two in all."""
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def recipe_file(tmp_path: Path) -> Callable[[str], Path]:
+    """Writes a text as a recipe and gives its path."""
+
+    def write(text: str, name: str = "recipe.toml") -> Path:
+        path = tmp_path / name
+        path.write_text(textwrap.dedent(text), encoding="utf-8")
+        return path
+
+    return write

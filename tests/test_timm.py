@@ -1,0 +1,136 @@
+"""Backbones from timm: its own features, the stem for small pictures, and errors in one line."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from sslkit.api import RunInfo
+from sslkit.batch import ViewSpec
+from sslkit.errors import UserError
+from sslkit_timm import Timm
+
+RUN = RunInfo(0, "cpu", 32, 3, (0.5,) * 3, (0.25,) * 3, 1000, 1000, 10, 100, views=(ViewSpec(32), ViewSpec(32)))
+
+
+def images(channels: int = 3, size: int = 32) -> torch.Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "mobilenetv3_small_050", "test_vit"])
+def test_features_are_timms(name: str):
+    backbone = Timm(model=name).build(RUN)
+    arguments = {"img_size": 32} if name == "test_vit" else {}
+    reference = timm.create_model(name, num_classes=0, **arguments)
+    reference.load_state_dict(backbone.state_dict())
+    backbone.eval()
+    reference.eval()
+    with torch.no_grad():
+        features = backbone(images())
+        assert torch.equal(features, reference(images()))
+    assert features.shape == (2, backbone.feature_dim)
+
+
+def test_resnet18_as_the_recipes_use_it():
+    torch.manual_seed(0)
+    backbone = Timm(stem="small_image").build(RUN)
+    assert backbone.feature_dim == 512
+    assert backbone.training
+    assert backbone.forward_features(images()).shape == (2, 512, 4, 4)
+    assert backbone(images()).shape == (2, 512)
+    assert (backbone.conv1.kernel_size, backbone.conv1.stride, backbone.conv1.padding) == ((3, 3), (1, 1), (1, 1))
+    assert backbone.conv1.bias is None
+    # kaiming, fan out, as timm's other convolutions: std = sqrt(2 / (64 * 9))
+    assert backbone.conv1.weight.std().item() == pytest.approx((2 / 576) ** 0.5, rel=0.05)
+
+
+def test_the_usual_stem_leaves_one_cell():
+    assert Timm().build(RUN).forward_features(images()).shape == (2, 512, 1, 1)
+
+
+def test_small_stem_changes_the_stem_alone():
+    usual, small = Timm().build(RUN), Timm(stem="small_image").build(RUN)
+    shapes = [{k: v.shape for k, v in m.state_dict().items() if k != "conv1.weight"} for m in (usual, small)]
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.parametrize("name", ["resnet10t", "resnest14d", "skresnet18"])
+def test_small_stem_of_other_resnets(name: str):
+    torch.manual_seed(0)
+    backbone = Timm(model=name, stem="small_image").build(RUN)
+    assert backbone.forward_features(images()).shape[-2:] == (4, 4)
+    deep = isinstance(backbone.conv1, torch.nn.Sequential)
+    assert (backbone.conv1[0] if deep else backbone.conv1).stride == (1, 1)
+
+
+def test_grey_images():
+    backbone = Timm(stem="small_image").build(replace(RUN, channels=1))
+    assert backbone(images(channels=1)).shape == (2, 512)
+
+
+def test_a_transformer_is_built_for_the_views():
+    run = replace(RUN, views=(ViewSpec(64), ViewSpec(64)))
+    backbone = Timm(model="test_vit").build(run)
+    assert backbone(images(size=64)).shape == (2, backbone.feature_dim)
+    assert backbone.patch_embed.img_size == (64, 64)
+
+
+def test_a_transformer_with_views_of_two_sizes():
+    run = replace(RUN, views=(ViewSpec(64), ViewSpec(32, "local")))
+    backbone = Timm(model="test_vit").build(run)
+    assert {tuple(backbone(images(size=s)).shape) for s in (64, 32)} == {(2, backbone.feature_dim)}
+    with pytest.raises(UserError, match=r"timm cannot build 'mixer_s32_224' with .*dynamic_img_size"):
+        Timm(model="mixer_s32_224").build(run)
+
+
+def test_drop_path_rises_to_the_last_block():
+    blocks = [m for m in Timm(drop_path=0.2).build(RUN).modules() if type(m).__name__ == "DropPath"]
+    assert blocks[-1].drop_prob == pytest.approx(0.2)
+    assert [m.drop_prob for m in blocks] == sorted(m.drop_prob for m in blocks)
+    with pytest.raises(UserError, match=r"timm cannot build 'vgg11' with .*drop_path_rate"):
+        Timm(model="vgg11", drop_path=0.2).build(RUN)
+
+
+def test_building_neither_moves_statistics_nor_draws_twice():
+    torch.manual_seed(0)
+    backbone = Timm(stem="small_image").build(RUN)
+    after = torch.rand(3)
+    torch.manual_seed(0)
+    again = Timm(stem="small_image").build(RUN)
+    assert torch.equal(after, torch.rand(3))
+    assert all(
+        torch.equal(a, b) for a, b in zip(backbone.state_dict().values(), again.state_dict().values(), strict=True)
+    )
+    assert backbone.bn1.num_batches_tracked == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"model": "resnet-18"}, r"no model 'resnet-18'; did you mean 'resnet18'\?"),
+        ({"model": "hf-hub:someone/something"}, r"no model 'hf-hub:someone/something'"),
+        ({"model": "resnet18.nonsense"}, r"'resnet18.nonsense' .* Invalid pretrained tag"),
+        (
+            {"model": "test_vit", "stem": "small_image"},
+            r"'small_image' is for timm's ResNets .* is a VisionTransformer",
+        ),
+        ({"model": "inception_v3"}, r"'inception_v3' cannot take views of 32 px"),
+    ],
+)
+def test_errors_say_what_to_do(options: dict[str, Any], problem: str):
+    with pytest.raises(UserError, match=problem) as caught:
+        Timm(**options).build(RUN)
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"weights of 'resnet18' could not be had .* set pretrained = false"):
+        Timm(pretrained=True).build(RUN)
