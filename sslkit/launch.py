@@ -19,7 +19,7 @@ from sslkit import checkpoint, doctor
 from sslkit.build import Parts, build, choose_device, resolve_compile
 from sslkit.errors import RunFailed, UserError
 from sslkit.progress import Display
-from sslkit.recipe import Recipe, differences, parse_recipe, read_recipe
+from sslkit.recipe import Recipe, differences, parse_recipe, place, read_recipe
 from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment, read_metrics
 from sslkit.train import Trainer
 
@@ -88,17 +88,19 @@ def train(
                 console.print(f"{path}: this run is finished", highlight=False)
                 _summarise(files, console)
                 return 0
-        return _train(recipe, files, where, steps, console)
+        return _train(recipe, source, files, where, steps, console)
 
 
-def _train(recipe: Recipe, files: RunDirectory, device: torch.device, steps: int | None, console: Console) -> int:
+def _train(
+    recipe: Recipe, source: str, files: RunDirectory, device: torch.device, steps: int | None, console: Console
+) -> int:
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     with StopSignals() as signals:
         parts = build(recipe, device, say)
         recipe = parts.recipe = resolve_compile(recipe, view_pixels(parts), device.type)
-        refuse_findings(parts)
+        refuse_findings(parts, source)
         found = _newest_checkpoint(files, parts, say)
         files.write("recipe.lock.toml", LOCK_HEADER + recipe.to_toml())
         files.write("env.json", json.dumps(
@@ -151,7 +153,7 @@ def _fit(trainer: Trainer, display: Display, signals: StopSignals, stop: int, co
     return INTERRUPTED if status == "interrupted" else 0
 
 
-def refuse_findings(parts: Parts) -> None:
+def refuse_findings(parts: Parts, source: str) -> None:
     """Stop before training on anything known to fail that the recipe does not accept by id.
 
     Raises:
@@ -159,7 +161,7 @@ def refuse_findings(parts: Parts) -> None:
     """
     found = doctor.tau_findings(parts.target.tau, parts.run.total_steps)
     lines = [
-        f"target_updater.tau: {f.text} (to train all the same: train.accept = [{f.id!r}])"
+        f"{place(source, 'target_updater', 'tau')}: target_updater.tau: {f.text} (to train all the same: train.accept = [{f.id!r}])"
         for f in found
         if f.id not in parts.recipe.train.accept
     ]

@@ -199,6 +199,12 @@ def locate(recipe: str) -> Path:
     return known[recipe]
 
 
+def place(source: str, *keys: str) -> str:
+    """`recipe.toml:7` for the nearest key at or above the given ones."""
+    path = locate(source)
+    return Origin(str(path), lines_of(path.read_text(encoding="utf-8"))).of(keys)
+
+
 @dataclass
 class Origin:
     """Where each key of a recipe was written, for errors that point there."""

@@ -107,7 +107,7 @@ def test_globs(tmp_path, opened):
 def test_test_and_validation_files_leave_open_which(tmp_path, opened):
     for i, name in enumerate(["train", "test", "validation"]):
         write(tmp_path / f"{name}.parquet", IMAGES[i : i + 1], [i])
-    with pytest.raises(UserError, match="both test and validation files"):
+    with pytest.raises(UserError, match=r"both test and validation files"):
         opened()
     assert opened(test_path=str(tmp_path / "validation.parquet")).test.labels.tolist() == [2]
 
@@ -115,7 +115,7 @@ def test_test_and_validation_files_leave_open_which(tmp_path, opened):
 def test_a_missing_shard(tmp_path, opened):
     write(tmp_path / "train-00000-of-00003.parquet", IMAGES, [0] * 8)
     write(tmp_path / "train-00002-of-00003.parquet", IMAGES, [0] * 8)
-    with pytest.raises(UserError, match="1 of 3 shards are missing .* train-00001-of-00003.parquet"):
+    with pytest.raises(UserError, match=r"1 of 3 shards are missing .* train-00001-of-00003.parquet"):
         opened()
     assert len(opened(tmp_path / "train-00000-of-00003.parquet").train) == 8
 
@@ -132,12 +132,12 @@ def test_columns_are_found(tmp_path, opened, struct, image, label):
 
 def test_columns_by_name(tmp_path, opened):
     path = write(tmp_path / "a.parquet", IMAGES, range(8), image="photo", label="coarse", names=list("abcdefgh"))
-    with pytest.raises(UserError, match="no column 'img' or 'image'; its columns are photo, coarse"):
+    with pytest.raises(UserError, match=r"no column 'img' or 'image'; its columns are photo, coarse"):
         opened(path)
     assert opened(path, image_column="photo").train.labels is None
     found = opened(path, image_column="photo", label_column="coarse")
     assert found.class_names == tuple("abcdefgh")
-    with pytest.raises(UserError, match="label_column: .* no column 'fine'; its columns are photo, coarse"):
+    with pytest.raises(UserError, match=r"label_column: .* no column 'fine'; its columns are photo, coarse"):
         opened(path, image_column="photo", label_column="fine")
 
 
@@ -182,10 +182,10 @@ def test_bad_labels(tmp_path, opened, labels, names, message):
 
 def test_columns_that_hold_no_encoded_images(tmp_path, opened):
     pq.write_table(pa.table({"img": [[1, 2], [3]]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="encoded images are wanted"):
+    with pytest.raises(UserError, match=r"encoded images are wanted"):
         opened()
     pq.write_table(pa.table({"img": [{"path": "a"}]}), tmp_path / "a.parquet")
-    with pytest.raises(UserError, match="encoded images are wanted"):
+    with pytest.raises(UserError, match=r"encoded images are wanted"):
         opened()
 
 
@@ -199,25 +199,25 @@ def test_shards_that_differ(tmp_path, opened):
 def test_sets_that_name_other_classes(tmp_path, opened):
     write(tmp_path / "train.parquet", IMAGES, [0] * 8, names=["a", "b"])
     write(tmp_path / "test.parquet", IMAGES, [0] * 8, names=["b", "a"])
-    with pytest.raises(UserError, match="names other classes"):
+    with pytest.raises(UserError, match=r"names other classes"):
         opened()
 
 
 def test_nothing_there(tmp_path, opened):
     with pytest.raises(UserError, match=r"holds no .parquet files"):
         opened()
-    with pytest.raises(UserError, match="no file or folder matches"):
+    with pytest.raises(UserError, match=r"no file or folder matches"):
         opened(tmp_path / "no-*.parquet")
-    with pytest.raises(UserError, match="data_source.test_path: no file"):
+    with pytest.raises(UserError, match=r"data_source.test_path: no file"):
         opened(write(tmp_path / "a.parquet", IMAGES), test_path=str(tmp_path / "b.parquet"))
-    with pytest.raises(UserError, match="has no rows"):
+    with pytest.raises(UserError, match=r"has no rows"):
         opened(write(tmp_path / "a.parquet", []))
 
 
 def test_files_that_are_damaged(tmp_path, opened):
     path = tmp_path / "a.parquet"
     path.write_bytes(b"PAR1 not really")
-    with pytest.raises(UserError, match="cannot be read as a Parquet file"):
+    with pytest.raises(UserError, match=r"cannot be read as a Parquet file"):
         opened()
     data = write(path, [image_bytes(i, 64, 64) for i in range(8)]).read_bytes()
     path.write_bytes(data[:200] + bytes(20_000) + data[20_200:])
@@ -247,7 +247,7 @@ def test_images_need_not_be_square(tmp_path, opened):
 def test_both_sets_have_one_size(tmp_path, opened):
     write(tmp_path / "train.parquet", IMAGES)
     write(tmp_path / "test.parquet", [image_bytes(0, 7, 6)])
-    with pytest.raises(UserError, match="training images have 6 x 6 pixels, the test images 7 x 6"):
+    with pytest.raises(UserError, match=r"training images have 6 x 6 pixels, the test images 7 x 6"):
         opened()
 
 
@@ -255,7 +255,7 @@ def test_memory_limit(tmp_path, opened):
     write(tmp_path / "a.parquet", IMAGES)
     needed = 8 * 3 * 6 * 6 / 1e9
     assert len(opened(memory_limit_gb=needed).train) == 8
-    with pytest.raises(UserError, match="more than memory_limit_gb .* set data_source.size"):
+    with pytest.raises(UserError, match=r"more than memory_limit_gb .* set data_source.size"):
         opened(memory_limit_gb=0.99 * needed)
 
 

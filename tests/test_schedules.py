@@ -68,6 +68,12 @@ def test_ends_are_exact_and_bounds_hold(kind: Any, start: float, end: float, K: 
     assert value(k) == here  # pure: a call in between has not moved it
 
 
+def test_bounds_hold_where_the_formula_rounds_out_of_them():
+    K = 10**10
+    assert 10.0 - (10.0 - 0.1) * (math.cos(math.pi / K) + 1) / 2 < 0.1
+    assert Cosine(start=0.1, end=10.0).build(run(K))(1) == 0.1
+
+
 @given(start=numbers, peak=numbers, end=numbers, K=st.integers(2, 1_000_000), data=st.data())
 @settings(deadline=None)
 def test_warmup_meets_its_three_points(start: float, peak: float, end: float, K: int, data: Any):

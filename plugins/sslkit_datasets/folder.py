@@ -174,7 +174,7 @@ def list_images(root: Path, info: DataInfo) -> Listing:
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
     try:
         with os.scandir(folder) as found:
-            return sorted((e for e in found if not e.name.startswith((".", "__MACOSX"))), key=lambda e: e.name)
+            return [entry for entry in found if not entry.name.startswith((".", "__MACOSX"))]
     except OSError as error:
         raise UserError(f"the folder {shown(str(folder))} cannot be read: {error.strerror}") from None
 

@@ -25,9 +25,7 @@ class MovingAverage(nn.Module):
 
     def make(self, online: nn.Module) -> nn.Module:
         """A copy of the online network in training mode, whose parameters take no gradient."""
-        target = copy.deepcopy(online).train().requires_grad_(False)
-        target.zero_grad(set_to_none=True)  # deepcopy takes gradients along
-        return target
+        return copy.deepcopy(online).train().requires_grad_(False)
 
     def tau(self, step: int) -> float:
         """How much of the target remains at the update after step `step`."""

@@ -1,0 +1,262 @@
+"""The command line as a user meets it: exit codes, one line per mistake, no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from sslkit.cli import main
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "sslkit", *arguments]
+
+
+# ---------------------------------------------------------------- looking around
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["list-plugins"], ["recipes"], ["--version"]])
+def test_looking_around_imports_no_torch(arguments: list[str]) -> None:
+    code = f"import sys; sys.argv = ['sslkit', *{arguments!r}]\ntry:\n    from sslkit.cli import main; main()\nexcept SystemExit as e:\n    assert not e.code\nheavy = {{'torch', 'timm', 'numpy', 'sklearn', 'pyarrow'}} & set(sys.modules)\nassert not heavy, heavy"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_list_plugins_shows_kind_name_origin_and_description() -> None:
+    rows = {(r["kind"], r["name"]): r for r in json.loads(run("list-plugins", "--json").output)}
+    assert rows["loss", "cosine"]["distribution"] == "sslkit"
+    assert all(r["description"] and not r["problem"] for r in rows.values() if r["distribution"] == "sslkit")
+    assert "target_updater" in run("list-plugins").output
+    assert {r["kind"] for r in json.loads(run("list-plugins", "--kind", "head", "--json").output)} == {"head"}
+
+
+def test_describe_shows_options_types_defaults_and_help() -> None:
+    shown = run("describe", "target_updater.ema").output
+    assert "tau" in shown
+    assert "schedule" in shown
+    as_json = json.loads(run("describe", "loss.cosine", "--json").output)
+    assert as_json["target"] == "sslkit_cosine:Cosine"
+    assert all(option["help"] for option in as_json["options"])
+    wrong = run("describe", "loss.cosin")
+    assert wrong.exit_code == 2
+    assert "did you mean 'cosine'?" in wrong.output
+    assert run("describe", "los.cosine").exit_code == 2
+
+
+def test_recipes_are_listed_and_copied_but_never_over_a_file(tmp_path: Path) -> None:
+    assert "quickstart" in run("recipes").output
+    assert run("copy", "quickstart").exit_code == 0
+    (tmp_path / "quickstart.toml").write_text("mine")
+    again = run("copy", "quickstart")
+    assert again.exit_code == 2
+    assert "was left alone" in again.output
+    assert (tmp_path / "quickstart.toml").read_text() == "mine"
+    assert run("copy", "quickstart", "no/such/folder.toml").exit_code == 2
+
+
+# ---------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (("hidden_dim", "hiden_dim"), "projector.hiden_dim: unknown option; did you mean 'hidden_dim'?"),
+        (("batch_size = 128", 'batch_size = "128"'), "train.batch_size: should be a valid integer, not '128'"),
+        (('use = "convnet"', 'use = "convnett"'), "no backbone is named 'convnett'; did you mean 'convnet'?"),
+        (("batch_size = 128", "batch_size = 100000"), "there are only 1347 training images"),
+        (("start = 0.9, end = 1.0", "start = 0.9, end = 1.5"), "above 1: the target would move away"),
+        (("start = 0.9, end = 1.0", "start = 0.9, end = 0.5"), "tau falls from 0.9 to"),
+        (("batch_size = 128", 'batch_size = 128\naccept = ["tau_above_on"]'), "did you mean 'tau_above_one'?"),
+        (('[predictor]\nuse = "mlp"\nhidden_dim = 16\nout_dim = 8\n', ""), "the recipe has no [predictor]"),
+        (('use = "ema"\ntau = { use = "cosine", start = 0.9, end = 1.0 }', 'use = "none"'), "needs a target branch"),
+        (("batch_size = 128", "batch_size = 128\naccumulate = 3"), "does not divide"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_one_line_and_exit_code_2(tiny: Path, change: tuple[str, str], says: str) -> None:
+    tiny.write_text(tiny.read_text().replace(*change, 1))
+    result = run("train", str(tiny))
+    assert result.exit_code == 2
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert says in result.stderr
+    assert not Path("runs").exists() or not any(Path("runs").iterdir()), "nothing is left behind"
+
+
+def test_a_tau_that_is_meant_is_accepted_by_its_id(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text().replace("end = 1.0 }", "end = 1.5 }"))
+    refused = run("train", str(tiny))
+    line = tiny.read_text()[: tiny.read_text().index("tau =")].count("\n") + 1
+    assert f"tiny.toml:{line}: target_updater.tau: tau is 1.02366442 at step 7 of 20, above 1" in refused.stderr
+    accepted = run("train", str(tiny), "--set", "train.accept=['tau_above_one']", "--steps", "2")
+    assert accepted.exit_code == 0, accepted.output
+
+
+def test_mistakes_are_told_before_any_data_is_touched(tiny: Path) -> None:
+    tiny.write_text(tiny.read_text().replace('use = "digits"', 'use = "folder"\nroot = "nowhere"\nsize = 8'))
+    result = run("train", str(tiny), "--set", "train.epocs=3")
+    assert "train.epocs" in result.stderr
+    assert "nowhere" not in result.stderr
+
+
+def test_a_missing_recipe_a_file_in_the_way_and_no_gpu(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "no such recipe file" in run("train", "gone.toml").stderr
+    Path("file").write_text("")
+    in_the_way = run("train", str(tiny), "--run-dir", "file/run")
+    assert in_the_way.exit_code == 2
+    assert "cannot be written" in in_the_way.stderr
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    no_gpu = run("train", str(tiny), "--device", "cuda")
+    assert (no_gpu.exit_code, "torch sees no CUDA device" in no_gpu.stderr) == (2, True)
+
+
+# ---------------------------------------------------------------- runs
+
+
+def test_a_run_from_beginning_to_end_and_again(tiny: Path) -> None:
+    first = run("train", str(tiny))
+    assert first.exit_code == 0, first.output
+    assert "random network (step 0) ->" in first.output.replace("\n", " ")
+    folder = Path("runs/tiny")
+    assert {"recipe.lock.toml", "env.json", "metrics.jsonl", "status.json", "checkpoints", "tensorboard", "bad_samples.jsonl"} <= {p.name for p in folder.iterdir()}
+    status = json.loads((folder / "status.json").read_text())
+    assert (status["status"], status["step"]) == ("done", 20)
+    env = json.loads((folder / "env.json").read_text())
+    assert {"torch", "sslkit"} <= set(env["packages"])
+    assert {"component": "loss.cosine"}.items() <= [p for p in env["plugins"] if p["component"] == "loss.cosine"][0].items()
+    before = (folder / "metrics.jsonl").read_bytes()
+    again = run("train", str(tiny))
+    assert again.exit_code == 0
+    assert "this run is finished" in again.output
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def losses(folder: str) -> list[tuple[int, float]]:
+    lines = Path(folder, "metrics.jsonl").read_text().splitlines()
+    return [(r["step"], r["loss"]) for r in map(json.loads, lines) if "loss" in r]
+
+
+def test_the_lock_file_trains_to_the_same_losses(tiny: Path) -> None:
+    assert run("train", str(tiny), "--set", "optimizer.lr=0.05", "--steps", "10").exit_code == 0
+    again = run("train", "runs/tiny/recipe.lock.toml", "--run-dir", "again", "--steps", "10")
+    assert again.exit_code == 0, again.output
+    assert losses("again") == losses("runs/tiny")
+
+
+def test_steps_stop_early_and_a_larger_number_goes_on(tiny: Path) -> None:
+    assert run("train", str(tiny), "--run-dir", "whole").exit_code == 0
+    stopped = run("train", str(tiny), "--steps", "7")
+    assert stopped.exit_code == 0
+    assert "stopped at step 7 of 20" in stopped.output
+    assert "is at step 7 already" in run("train", str(tiny), "--steps", "5").output
+    on = run("train", str(tiny))
+    assert "going on from step 7" in on.output
+    assert losses("runs/tiny") == losses("whole")
+
+
+def test_a_changed_recipe_on_an_existing_run_is_refused_with_the_difference(tiny: Path) -> None:
+    run("train", str(tiny), "--steps", "2")
+    changed = run("train", str(tiny), "--set", "optimizer.weight_decay=0.1")
+    assert changed.exit_code == 2
+    assert "optimizer.weight_decay: 0.0001 -> 0.1" in changed.stderr
+    assert "--run-dir" in changed.stderr
+    assert run("train", str(tiny), "--set", "train.log_every=3", "--steps", "4").exit_code == 0, "cadences may change"
+
+
+def test_resume_never_begins_a_new_run_beside_the_old_one(tiny: Path) -> None:
+    run("train", str(tiny), "--steps", "2")
+    assert run("train", str(tiny), "--steps", "3", "--resume", "never").exit_code == 0
+    assert losses("runs/tiny-2")
+    assert json.loads(Path("runs/tiny/status.json").read_text())["step"] == 2
+    refused = run("train", str(tiny), "--run-dir", "runs/tiny", "--resume", "never")
+    assert refused.exit_code == 2
+
+
+def test_changed_data_is_refused_on_going_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("train", str(tiny), "--steps", "2")
+    path = next(Path("runs/tiny/checkpoints").iterdir())
+    state = (path / "state.json").read_text()
+    fingerprint = json.loads(state)["facts"]["data_fingerprint"]
+    (path / "state.json").write_text(state.replace(fingerprint, "0" * len(fingerprint)))
+    damaged = run("train", str(tiny), "--steps", "4")
+    assert "set aside" in damaged.output, "an edited checkpoint is noticed first"
+
+
+def test_a_dry_run_tells_what_would_be_trained_and_writes_nothing(tiny: Path) -> None:
+    shown = run("train", str(tiny), "--dry-run")
+    assert shown.exit_code == 0, shown.output
+    text = " ".join(shown.output.split())
+    for expected in ("20 steps", "parameters: backbone", "tau 0.9", "lr 0", "s per step", "GiB", "hidden_dim = 16"):
+        assert expected in text, expected
+    assert not Path("runs").exists()
+
+
+def test_two_processes_cannot_write_one_run(tiny: Path) -> None:
+    from sslkit.run_directory import RunDirectory
+
+    held = RunDirectory(Path("runs/tiny"))
+    try:
+        refused = run("train", str(tiny))
+    finally:
+        held.close()
+    assert refused.exit_code == 2
+    assert "another process is training" in refused.stderr
+
+
+LONG = ("--set", "train.epochs=2000", "--set", "train.checkpoint_every=5", "--set", "observers.knn.every_epochs=5000")
+
+
+def wait_for_step(folder: str, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        try:
+            if any(s >= step for s, _ in losses(folder)):
+                return
+        except (OSError, ValueError):
+            pass
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    raise AssertionError("the run never came to the step")
+
+
+@pytest.mark.parametrize(("number", "code", "status"), [(signal.SIGTERM, 0, "preempted"), (signal.SIGINT, 130, "interrupted")])
+def test_a_signal_saves_and_the_same_command_goes_on(tiny: Path, number: int, code: int, status: str) -> None:
+    process = subprocess.Popen(command("train", str(tiny), *LONG), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for_step("runs/tiny", 10, process)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, "Traceback" in err) == (code, False), err
+    said = json.loads(Path("runs/tiny/status.json").read_text())
+    assert said["status"] == status
+    assert f"{status} at step {said['step']}" in out
+    on = run("train", str(tiny), *LONG, "--steps", str(said["step"] + 5))
+    assert f"going on from step {said['step']}" in on.output
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(tiny: Path) -> None:
+    process = subprocess.Popen(command("train", str(tiny), *LONG), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    wait_for_step("runs/tiny", 15, process)
+    process.kill()
+    process.wait()
+    steps = losses("runs/tiny")[-1][0] + 20
+    assert run("train", str(tiny), *LONG, "--steps", str(steps)).exit_code == 0
+    assert run("train", str(tiny), *LONG, "--steps", str(steps), "--run-dir", "whole").exit_code == 0
+    assert losses("runs/tiny") == losses("whole")
