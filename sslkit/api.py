@@ -2,17 +2,15 @@
 
 A component is a pydantic class whose fields are the options a recipe may set; the docstring under a field is
 its help text everywhere. `build()` makes the live object, and torch is imported there, not before. The live
-objects' contracts are the protocols below. Shapes: B images, V views, C channels, d dimensions.
+objects' contracts are in `sslkit.contracts` and can be imported from here too.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Protocol, TypeVar, cast
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 from pydantic import (
     BaseModel,
@@ -29,11 +27,23 @@ from pydantic_core import PydanticCustomError
 
 from sslkit import registry
 from sslkit.batch import Branches, LossTerms, Needs, ViewSpec
+from sslkit.contracts import (
+    BackboneModule,
+    DataInfo,
+    HeadModule,
+    Images,
+    ImageSet,
+    LossModule,
+    ParamGroup,
+    RunInfo,
+    TargetModule,
+    ViewMaker,
+)
 from sslkit.errors import UserError
 
 if TYPE_CHECKING:
     import torch
-    from torch import Tensor, nn
+    from torch import nn
 
 __all__ = [
     "API_VERSION", "Backbone", "BackboneModule", "Branches", "Component", "DataInfo", "DataSource", "GroupOptions",
@@ -44,45 +54,6 @@ __all__ = [
 
 API_VERSION = 1
 """Raised when a plugin written for the old number would no longer work."""
-
-
-# ---------------------------------------------------------------- what a component may know of the run
-
-
-@dataclass(frozen=True)
-class DataInfo:
-    """What a data source knows: it is built first, and `RunInfo` follows from what it finds."""
-
-    seed: int
-    cache: Path
-    """`$SSLKIT_DATA`, else `~/.cache/sslkit`."""
-    say: Callable[[str], None] = print
-    """Tells the user something worth a line (a download, images left out)."""
-
-
-@dataclass(frozen=True)
-class RunInfo:
-    """The facts of a run that a component may need. Fields are added over time, never removed."""
-
-    seed: int
-    device: str
-    """`"cpu"` or `"cuda"`."""
-    image_size: int
-    """Side of the stored images, in pixels."""
-    channels: int
-    mean: tuple[float, ...]
-    """Mean of the training images per channel, on the scale 0..1."""
-    std: tuple[float, ...]
-    """Standard deviation of the training images per channel, on the scale 0..1."""
-    train_images: int
-    total_steps: int
-    """Optimizer steps of the whole run."""
-    steps_per_epoch: int
-    batch_size: int
-    """Global: over all processes and micro-batches."""
-    world_size: int = 1
-    class_names: tuple[str, ...] | None = None
-    views: tuple[ViewSpec, ...] = ()
 
 
 # ---------------------------------------------------------------- components
@@ -184,33 +155,6 @@ def value_of(scheduled: float | Schedule, run: RunInfo) -> Value:
 # ---------------------------------------------------------------- data
 
 
-class Images(Protocol):
-    """N images. `read` gives some of them; a set that fits in memory also has them all as `tensor`."""
-
-    labels: Tensor | None
-    """int64 `[N]`, on the CPU, or None."""
-    tensor: Tensor | None
-    """uint8 `[N, C, H, W]` on the CPU, or None where the images do not fit in memory."""
-
-    def __len__(self) -> int: ...
-
-    def read(self, indices: Tensor) -> Tensor:
-        """uint8 `[n, C, H, W]` on the CPU, in the order of `indices` (int64 `[n]`). Called from several threads."""
-        ...
-
-
-class ImageSet(Protocol):
-    """What a data source opens: images to train on, perhaps images to test on."""
-
-    train: Images
-    test: Images | None
-    class_names: tuple[str, ...] | None
-    fingerprint: str
-    """Changes when the images, their order or the preparation change; a resumed run compares it."""
-    bad: Sequence[Mapping[str, str]]
-    """Images that could not be read and were left out: `path` and `problem` of each."""
-
-
 class DataSource(Component):
     """Where images come from."""
 
@@ -228,33 +172,6 @@ class DataSource(Component):
 # ---------------------------------------------------------------- views
 
 
-class ViewMaker(Protocol):
-    """Makes V views of every image of a batch, with parameters drawn per sample.
-
-    `crop` and `appear` are pure torch on static shapes, on whatever device the images are, so that the engine may
-    compile them. They are separate because images of varying size are cropped one by one in loader workers, while
-    everything that follows is batched.
-    """
-
-    specs: tuple[ViewSpec, ...]
-
-    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        """Random parameters of n samples: CPU tensors with leading dimension n, and nothing else is random."""
-        ...
-
-    def crop(self, images: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-        """uint8 `[B, C, H, W]` -> V crops, float 0..1 `[B, C, h, w]`."""
-        ...
-
-    def appear(self, crops: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
-        """V crops -> V normalised views, float `[B, C, h, w]`."""
-        ...
-
-    def clean(self, images: Tensor) -> Tensor:
-        """uint8 `[B, C, H, W]` -> the same images for evaluation: no randomness, normalised as the views are."""
-        ...
-
-
 class ViewGenerator(Component):
     """Makes the views of an image that a method compares."""
 
@@ -267,14 +184,6 @@ class ViewGenerator(Component):
 # ---------------------------------------------------------------- networks
 
 
-class BackboneModule(Protocol):
-    """An `nn.Module`: normalised images float `[B, C, h, w]` -> features `[B, feature_dim]`."""
-
-    feature_dim: int
-
-    def __call__(self, images: Tensor) -> Tensor: ...
-
-
 class Backbone(Component):
     """The encoder whose features are the purpose of the training."""
 
@@ -283,14 +192,6 @@ class Backbone(Component):
     def build(self, run: RunInfo) -> nn.Module:
         """A module that meets `BackboneModule`."""
         raise NotImplementedError
-
-
-class HeadModule(Protocol):
-    """An `nn.Module`: `[B, in_dim]` -> `[B, out_dim]`."""
-
-    out_dim: int
-
-    def __call__(self, features: Tensor) -> Tensor: ...
 
 
 class Head(Component):
@@ -306,30 +207,6 @@ class Head(Component):
 # ---------------------------------------------------------------- loss
 
 
-class LossModule(Protocol):
-    """An `nn.Module` that may own parameters and buffers; they are trained and saved with the rest.
-
-    `forward` is pure: queues and centres move in `commit`, once after each optimizer step.
-    """
-
-    additive: bool
-    """True where the mean of the losses of micro-batches is the loss of the batch; gradient accumulation needs it."""
-
-    def needs(self, specs: Sequence[ViewSpec]) -> Needs:
-        """Which views the loss wants of each branch.
-
-        Raises:
-            UserError: the recipe's views or branches do not suffice.
-        """
-        ...
-
-    def __call__(self, branches: Branches) -> LossTerms: ...
-
-    def commit(self, branches: Branches) -> None:
-        """Move the loss's own state, given the branches (detached) of the step that was just taken."""
-        ...
-
-
 class Loss(Component):
     """What the training minimises, computed from all branches and all views."""
 
@@ -343,29 +220,6 @@ class Loss(Component):
 # ---------------------------------------------------------------- target
 
 
-class TargetModule(Protocol):
-    """Makes the target network and moves it. An `nn.Module`, so that state of its own would be saved."""
-
-    source: Literal["copy", "online", "none"]
-    """`copy`: a second network. `online`: the online projections under stop-gradient (a second forward would move
-    BatchNorm twice). `none`: no target branch."""
-    evaluated: Literal["online", "target"]
-    """The branch whose features are measured and exported."""
-
-    def make(self, online: nn.Module) -> nn.Module | None:
-        """The target network at the start of the run, without gradients; None unless `source` is `copy`."""
-        ...
-
-    def tau(self, step: int) -> float | None:
-        """How much of the target remains at the update after step `step`; a number wherever `source` is `copy`, None
-        where there is no such number."""
-        ...
-
-    def update(self, online: nn.Module, target: nn.Module, tau: float | Tensor) -> None:
-        """Move the target once, after the optimizer's step."""
-        ...
-
-
 class TargetUpdater(Component):
     """How the target network follows the online network."""
 
@@ -377,21 +231,6 @@ class TargetUpdater(Component):
 
 
 # ---------------------------------------------------------------- optimizer
-
-
-@dataclass
-class ParamGroup:
-    """Parameters that share a learning rate and weight decay."""
-
-    part: str
-    """`backbone`, `projector`, `predictor` or `loss`."""
-    excluded: bool
-    """Bias or normalisation parameters, which by default take no weight decay and no LARS adaptation."""
-    parameters: list[nn.Parameter]
-
-    def as_torch(self) -> dict[str, Any]:
-        """What a torch optimizer takes as one parameter group; `part` and `excluded` stay readable in it."""
-        return {"params": self.parameters, "part": self.part, "excluded": self.excluded}
 
 
 class GroupOptions(BaseModel):

@@ -158,7 +158,7 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> P
     loss.to(device)
     updater.to(device)
     if recipe.train.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model.to(memory_format=torch.channels_last)
 
     groups = parameter_groups(recipe, model, loss)
     optimizer = _made(recipe.optimizer, lambda: recipe.optimizer.build(groups, run))

@@ -160,8 +160,9 @@ def refuse_findings(parts: Parts, source: str) -> None:
         UserError: one line for each such finding.
     """
     found = doctor.tau_findings(parts.target.tau, parts.run.total_steps)
+    where = place(source, "target_updater", "tau")
     lines = [
-        f"{place(source, 'target_updater', 'tau')}: target_updater.tau: {f.text} (to train all the same: train.accept = [{f.id!r}])"
+        f"{where}: target_updater.tau: {f.text} (to train all the same: train.accept = [{f.id!r}])"
         for f in found
         if f.id not in parts.recipe.train.accept
     ]

@@ -315,7 +315,7 @@ class Trainer:
         read = torch.stack([values[n].detach().float() for n in names]).tolist() if names else []  # type: ignore[union-attr]
         plain = {**values, **dict(zip(names, read, strict=True))}
         line: dict[str, Any] = {"step": self.step, "epoch": round(self.epoch, 6)}
-        line |= {name: value if math.isfinite(value) else None for name, value in plain.items()}  # type: ignore[arg-type]
+        line |= {name: value if math.isfinite(value) else None for name, value in plain.items()}
         self.files.record(line)
         self.knn_top1 = line.get("knn_top1", self.knn_top1)
         self.bus.emit("recorded", run=self, record=line)

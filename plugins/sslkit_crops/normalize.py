@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from sslkit.api import RunInfo
@@ -10,9 +11,15 @@ from sslkit.errors import UserError
 
 
 class Normalize:
-    """`(x - mean) / std` of images `[B, C, H, W]`; without values of its own, with the training images'.
+    """`(x - mean) / std` of the channels of a batch; without values of its own, with the training images'.
 
-    The values are Python numbers, not tensors, so that no device holds them and a compiler sees them.
+    The values are Python numbers, not tensors: no device has to hold them.
+
+    Args:
+        where: What an error names, such as `view_generator.two_crops`.
+        mean: One value per channel, or None.
+        std: One value per channel, or None.
+        run: The run, for its channels and its training images' statistics.
 
     Raises:
         UserError: the number of values is not the number of channels, or a deviation is zero.
@@ -28,15 +35,13 @@ class Normalize:
                 )
         self.mean = mean or run.mean
         self.std = std or run.std
-        self.m=torch.tensor(self.mean)[:,None,None,None]; self.s=1/torch.tensor(self.std)[:,None,None,None]
         if not all(self.std):
             raise UserError(
-                f"{where}.std: a channel of the training images is constant (std 0), which cannot be divided by; "
-                "give std"
+                f"{where}: a channel of the training images is constant (its standard deviation is 0); set std"
             )
 
-    def __call__(self, x: Tensor) -> Tensor:
-        return torch.stack([(x[:, c] - m) / s for c, (m, s) in enumerate(zip(self.mean, self.std, strict=True))], 1)
-
-    def in_place(self, x: Tensor) -> None:
-        x.sub_(self.m).mul_(self.s)
+    def __call__(self, channels: Sequence[Tensor]) -> list[Tensor]:
+        """Each channel (any shape) normalised with its own values."""
+        return [
+            channel.sub(mean).div_(std) for channel, mean, std in zip(channels, self.mean, self.std, strict=True)
+        ]

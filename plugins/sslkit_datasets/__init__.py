@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from sslkit.api import DataInfo, DataSource, ImageSet
+from sslkit.api import DataInfo, DataSource, ImageSet, Incidental
 
 __all__ = ["CIFAR10", "Digits", "Folder", "Parquet"]
 
@@ -29,10 +29,10 @@ class CIFAR10(DataSource):
     files: they are opened only where their MD5 is the official one. The archive is read, never unpacked.
     """
 
-    root: str | None = None
+    root: Annotated[str | None, Incidental] = None
     """Folder that holds the files; relative to the working directory. Without it `$SSLKIT_DATA/cifar10`, where
     `SSLKIT_DATA` is by default `~/.cache/sslkit`."""
-    download: bool = True
+    download: Annotated[bool, Incidental] = True
     """Download the archive if `root` holds none of the three layouts."""
 
     def build(self, info: DataInfo) -> ImageSet:
@@ -55,19 +55,19 @@ class Folder(DataSource):
     the result of the check is remembered in the cache folder for as long as no name, size or time of a file changes.
     """
 
-    root: str
+    root: Annotated[str, Incidental]
     """Folder of the training images, or of `train/` and `test/` (or `val/`); relative to the working directory."""
     size: PositiveInt
     """Side of the stored images, in pixels. Views are cut from these, so choose it no smaller than the views."""
-    test_root: str | None = None
+    test_root: Annotated[str | None, Incidental] = None
     """Folder of the test images, if they do not lie in `root`."""
     channels: Literal[1, 3] = 3
     """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601)."""
-    max_bad: Fraction = 0.001
+    max_bad: Annotated[Fraction, Incidental] = 0.001
     """Largest share of either set that may be unreadable; above it the run stops."""
-    memory_limit_gb: PositiveFloat = 4.0
+    memory_limit_gb: Annotated[PositiveFloat, Incidental] = 4.0
     """Keep the decoded images in memory if both sets together take at most this many gigabytes (10^9 bytes)."""
-    workers: PositiveInt | None = None
+    workers: Annotated[PositiveInt | None, Incidental] = None
     """Threads that decode; without it, one per CPU core."""
 
     def build(self, info: DataInfo) -> ImageSet:
@@ -85,11 +85,11 @@ class Parquet(DataSource):
     (`train-00001-of-00002.parquet`) is an error. The decoded images stay in memory.
     """
 
-    path: str
+    path: Annotated[str, Incidental]
     """A file, a glob such as `data/train-*.parquet`, or a folder; relative to the working directory. In a folder,
     `train*.parquet` is the training set and `test*.parquet`, `validation*.parquet` or `val*.parquet` the test set; a
     folder without `train*.parquet` is a training set altogether."""
-    test_path: str | None = None
+    test_path: Annotated[str | None, Incidental] = None
     """File, glob or folder of the test images, if they do not lie beside the training images."""
     image_column: str | None = None
     """Column of the images; without it, `img` or `image`."""
@@ -100,11 +100,11 @@ class Parquet(DataSource):
     must have one size and keep it."""
     channels: Literal[1, 3] = 3
     """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601)."""
-    max_bad: Fraction = 0.001
+    max_bad: Annotated[Fraction, Incidental] = 0.001
     """Largest share of either set that may be unreadable; above it the run stops."""
-    memory_limit_gb: PositiveFloat = 16.0
+    memory_limit_gb: Annotated[PositiveFloat, Incidental] = 16.0
     """Stop with an error rather than fill the memory if the decoded images take more gigabytes (10^9 bytes) per set."""
-    workers: PositiveInt | None = None
+    workers: Annotated[PositiveInt | None, Incidental] = None
     """Threads that decode; without it, one per CPU core."""
 
     def build(self, info: DataInfo) -> ImageSet:

@@ -1,0 +1,96 @@
+"""Every recipe that ships: it resolves, says where its numbers come from, and trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT
+
+from sslkit.cli import main
+from sslkit.recipe import parse_recipe, read_recipe, shipped
+
+NAMES = sorted(shipped())
+DATA = Path(os.environ.get("SSLKIT_DATA", "nowhere"))
+
+
+def test_what_is_shipped_is_the_folder() -> None:
+    assert sorted(p.stem for p in (ROOT / "recipes").glob("*.toml")) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_resolves_and_survives_being_written(name: str) -> None:
+    recipe = read_recipe(name)
+    assert recipe.name == name
+    assert parse_recipe(recipe.to_toml(), "again.toml") == recipe
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_its_first_line_says_what_it_is(name: str) -> None:
+    first = shipped()[name].read_text(encoding="utf-8").splitlines()[0]
+    assert re.match(r"# \S.{20,}", first)
+
+
+def test_byol_is_what_the_paper_and_solo_learn_say() -> None:
+    table = json.loads(read_recipe("byol_cifar10").model_dump_json())
+    assert table["backbone"] == table["backbone"] | {"use": "timm", "model": "resnet18", "stem": "small_image"}
+    for head in ("projector", "predictor"):
+        assert (table[head]["hidden_dim"], table[head]["out_dim"], table[head]["output_norm"]) == (4096, 256, "none")
+    assert table["loss"] == {"use": "cosine", "form": "byol"}
+    tau = table["target_updater"]["tau"]
+    assert (tau["use"], tau["start"], tau["end"]) == ("cosine", 0.99, 1.0)
+    optimizer = table["optimizer"]
+    assert (optimizer["use"], optimizer["lr"]["peak"], optimizer["lr_reference_batch"]) == ("lars", 1.0, 256)
+    assert (optimizer["weight_decay"], optimizer["exclude_bias_and_norm"]) == (1e-5, True)
+    assert (table["train"]["epochs"], table["train"]["batch_size"]) == (200, 256)
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def records(folder: str) -> list[dict[str, float]]:
+    return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 2, 3])
+def test_the_quickstart_ends_far_above_the_random_network(
+    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("train", "quickstart", "--set", f"seed={seed}")
+    knn = [r["knn_top1"] for r in records("runs/quickstart") if "knn_top1" in r]
+    assert knn[0] < 0.35, "the random network"
+    assert knn[-1] > 0.8
+
+
+@pytest.mark.slow
+def test_geometry_alone_is_a_shortcut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run("train", "quickstart", "--set", "view_generator.appearance=false", "--run-dir", "geometry")
+    found = records("geometry")
+    assert [r["loss"] for r in found if "loss" in r][-1] < 0.2, "a loss near zero"
+    assert [r["knn_top1"] for r in found if "knn_top1" in r][-1] < 0.3, "and nothing learnt"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (DATA / "cifar10").is_dir(), reason="needs real CIFAR-10 under $SSLKIT_DATA")
+@pytest.mark.parametrize("name", [n for n in NAMES if "cifar10" in n])
+def test_the_cifar10_recipes_train_and_go_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    small = ["--set", "train.batch_size=16", "--set", "train.compile=false", "--set", "train.log_every=1",
+             "--set", "observers.knn.bank=200", "--set", "observers.knn.queries=100"]  # fmt: skip
+    monkeypatch.setenv("SSLKIT_DATA", str(DATA.resolve()))
+    monkeypatch.chdir(tmp_path)
+    run("train", name, *small, "--steps", "6", "--run-dir", "whole")
+    run("train", name, *small, "--steps", "3", "--run-dir", "parts")
+    assert "going on from step 3" in run("train", name, *small, "--steps", "6", "--run-dir", "parts")
+    losses = {f: [(r["step"], r["loss"]) for r in records(f) if "loss" in r] for f in ("whole", "parts")}
+    assert losses["whole"] == losses["parts"]
+    assert len(losses["whole"]) == 6
