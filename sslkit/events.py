@@ -97,12 +97,13 @@ class Bus:
         self.manager = pluggy.PluginManager("sslkit")
         self.manager.add_hookspecs(Hooks)
         # pluggy calls the last registered first; the recipe's order reads better.
-        for name, observer in reversed(list(self.observers.items())):
-            self.manager.register(observer, name=name)
         try:
+            for name, observer in reversed(list(self.observers.items())):
+                self.manager.register(observer, name=name)
             self.manager.check_pending()
         except pluggy.PluginValidationError as error:
-            raise RunFailed(f"an observer implements an event that does not exist: {error}") from None
+            text = " ".join(str(error).split())
+            raise RunFailed(f"an observer implements an event that does not exist: {text}") from None
 
     def emit(self, event: str, **arguments: Any) -> None:
         """Call every observer's hook for an event.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -108,23 +109,28 @@ class Cropper:
         self.in_size, self.out_size = in_size, out_size
         self.boxes = in_size * (in_size + 1) // 2
 
-    def __call__(self, images: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
-        """Crop, resize and flip.
+    def __call__(self, images: Tensor, boxes: Sequence[Tensor], flips: Sequence[Tensor]) -> list[Tensor]:
+        """Crop, resize and flip, once for every view.
 
         Args:
-            images: float 0..1 `[B, C, in_size, in_size]`.
-            boxes: int64 `[B, 4]`: top, left, height, width.
-            flips: bool `[B]`: mirrored left to right.
+            images: uint8 `[B, C, in_size, in_size]`.
+            boxes: int64 `[B, 4]` per view: top, left, height, width.
+            flips: bool `[B]` per view: mirrored left to right.
 
         Returns:
-            float `[B, C, out_size, out_size]`, clamped to 0..1 because the kernel overshoots at edges.
+            Per view float `[B, C, out_size, out_size]`, clamped to 0..1 because the kernel overshoots at edges.
         """
-        top, left, height, width = boxes.unbind(1)
-        rows = self._weights(top, height, torch.zeros_like(flips))
-        columns = self._weights(left, width, flips)
         B, C, H, W = images.shape
-        lines = torch.bmm(images.reshape(B, C * H, W), columns.transpose(1, 2))
-        return torch.matmul(rows[:, None], lines.view(B, C, H, -1)).clamp_(0.0, 1.0)
+        # Rows outermost, so that one product takes all channels.
+        lines = torch.empty(B, H, C, W, device=images.device).copy_(images.transpose(1, 2)).div_(255).view(B, H, C * W)
+        crops = []
+        for box, flip in zip(boxes, flips, strict=True):
+            top, left, height, width = box.unbind(1)
+            rows = self._weights(top, height, torch.zeros_like(flip))
+            columns = self._weights(left, width, flip)
+            x = torch.bmm(torch.bmm(rows, lines).view(B, -1, W), columns.transpose(1, 2))
+            crops.append(x.view(B, self.out_size, C, self.out_size).transpose(1, 2))
+        return crops
 
     def _weights(self, start: Tensor, length: Tensor, flip: Tensor) -> Tensor:
         # Compiled, computing them costs no more than reading them; on a GPU the table would have to be there too.
@@ -157,7 +163,6 @@ def resize(images: Tensor, size: int) -> Tensor:
 
 
 def chunks(n: int, values: int) -> list[slice]:
-    """Slices of n samples of `values` numbers each, nearly equal, that stay in a CPU's cache one at a time."""
-    count = max(1, min(n, -(-n * values // CHUNK_VALUES)))
-    edges = [n * i // count for i in range(count + 1)]
-    return [slice(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    """Nearly equal slices of n samples of `values` numbers each, such that one at a time stays in a CPU's cache."""
+    count = -(-n // max(1, CHUNK_VALUES // values))
+    return [slice(n * i // count, n * (i + 1) // count) for i in range(count)]

@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TINY
+
+from sslkit import registry
+from sslkit.api import Backbone
+from sslkit.build import build, choose_device, resolve_compile
+from sslkit.errors import RunFailed, UserError
+from sslkit.recipe import Recipe, parse_recipe
+
+CPU = torch.device("cpu")
+
+
+def recipe(*overrides: str) -> Recipe:
+    return parse_recipe(TINY, "r.toml", overrides)
+
+
+def test_the_facts_of_the_run() -> None:
+    run = build(recipe(), CPU, print).run
+    assert (run.train_images, run.steps_per_epoch, run.total_steps, run.batch_size) == (1347, 10, 20, 128)
+    assert (run.image_size, run.channels, run.class_names) == (16, 3, tuple("0123456789"))
+    assert [v.size for v in run.views] == [16, 16]
+
+
+def test_every_parameter_is_in_one_group() -> None:
+    parts = build(recipe(), CPU, print)
+    grouped = [p for g in parts.groups for p in g.parameters]
+    trained = [*parts.model.online.parameters(), *parts.model.predictor.parameters()]  # type: ignore[union-attr]
+    assert len(grouped) == len({id(p) for p in grouped})
+    assert {id(p) for p in grouped} == {id(p) for p in trained}, "and none of the target's"
+    assert all((p.ndim <= 1) == g.excluded for g in parts.groups for p in g.parameters)
+    together = build(recipe("optimizer.exclude_bias_and_norm=false"), CPU, print)
+    assert {g.excluded for g in together.groups} == {False}
+
+
+def test_the_target_starts_as_the_online_network() -> None:
+    model = build(recipe(), CPU, print).model
+    assert model.target is not None
+    for ours, theirs in zip(model.online.parameters(), model.target.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+        assert not theirs.requires_grad
+
+
+class Failing(Backbone):
+    """Raises."""
+
+    def build(self, run: object) -> torch.nn.Module:
+        raise KeyError("weights")
+
+
+class Dimless(Backbone):
+    """Lacks feature_dim."""
+
+    def build(self, run: object) -> torch.nn.Module:
+        return torch.nn.Flatten()
+
+
+@pytest.mark.parametrize(
+    ("component", "says"),
+    [(Failing(), "backbone 'mine' from mine 1.0 failed to build: KeyError"), (Dimless(), "no attribute 'feature_dim'")],
+)
+def test_a_component_that_breaks_its_contract_is_named(
+    component: Backbone, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changed = recipe().model_copy(update={"backbone": component})
+    real = registry.name_of
+    monkeypatch.setattr(registry, "name_of", lambda cls: "mine" if cls in (Failing, Dimless) else real(cls))
+    monkeypatch.setattr(
+        registry, "find", lambda kind, name: registry.Provider(kind, name, "m:C", "mine", "1.0", None)  # type: ignore[arg-type]
+    )  # fmt: skip
+    with pytest.raises(RunFailed, match=says):
+        build(changed, CPU, print)
+
+
+def test_a_loss_that_does_not_add_up_refuses_micro_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslkit_cosine.loss import CosineLoss
+
+    monkeypatch.setattr(CosineLoss, "additive", False)
+    with pytest.raises(UserError, match="losses of micro-batches do not add up"):
+        build(recipe("train.accumulate=2"), CPU, print)
+
+
+def test_what_auto_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++")
+    auto = recipe("train.compile=auto")
+    assert resolve_compile(auto, 1e6, "cpu").train.compile is False, "a short run does not win the time back"
+    assert resolve_compile(auto, 1e9, "cpu").train.compile is True
+    assert resolve_compile(recipe("train.compile=false"), 1e9, "cpu").train.compile is False
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert resolve_compile(auto, 1e9, "cpu").train.compile is False, "no compiler"
+
+
+def test_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == "cpu"
+    with pytest.raises(UserError, match="no CUDA device"):
+        choose_device("cuda")
