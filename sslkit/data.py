@@ -130,8 +130,12 @@ class Feed:
             thread.join()
 
 
-def channel_statistics(images: Images, limit: int = 10_000) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation per channel on the scale 0..1, of `limit` images spread evenly over the set."""
+def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation per channel on the scale 0..1, of images spread evenly over the set.
+
+    Of 10,000 where they are in memory, else of 1,000, which have to be decoded.
+    """
+    limit = 1_000 if images.tensor is None else 10_000
     chosen = torch.linspace(0, len(images) - 1, min(limit, len(images))).long()
     total = square = torch.zeros(0, dtype=torch.float64)
     pixels = 0

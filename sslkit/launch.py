@@ -97,37 +97,38 @@ def _train(
     def say(text: str) -> None:
         console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    with StopSignals() as signals:
-        parts = build(recipe, device, say)
-        recipe = parts.recipe = resolve_compile(recipe, view_pixels(parts), device.type)
-        refuse_findings(parts, source)
-        found = _newest_checkpoint(files, parts, say)
-        files.write("recipe.lock.toml", LOCK_HEADER + recipe.to_toml())
-        files.write("env.json", json.dumps(
-            environment(sys.argv, recipe.provenance(), _device_name(device), parts.data.fingerprint), indent=1
-        ) + "\n")  # fmt: skip
-        files.write("bad_samples.jsonl", "".join(json.dumps(dict(bad)) + "\n" for bad in parts.data.bad))
-        files.open_metrics(int(found.facts["metrics_offset"]) if found else 0)
+    signals = StopSignals()
+    parts = build(recipe, device, say)
+    recipe = parts.recipe = resolve_compile(recipe, view_pixels(parts), device.type)
+    refuse_findings(parts, source)
+    found = _newest_checkpoint(files, parts, say)
+    files.write("recipe.lock.toml", LOCK_HEADER + recipe.to_toml())
+    files.write("env.json", json.dumps(
+        environment(sys.argv, recipe.provenance(), _device_name(device), parts.data.fingerprint), indent=1
+    ) + "\n")  # fmt: skip
+    files.write("bad_samples.jsonl", "".join(json.dumps(dict(bad)) + "\n" for bad in parts.data.bad))
+    files.open_metrics(int(found.facts["metrics_offset"]) if found else 0)
 
-        display = Display(console, parts.run.total_steps, parts.run.steps_per_epoch)
-        parts.observers["progress"] = display
-        trainer = Trainer(parts, files, display.say, signals.asked)
-        if found:
-            trainer.restore(found)
-            say(f"going on from step {found.step} ({found.path})")
-        _announce(trainer, say)
-        stop = min(steps or parts.run.total_steps, parts.run.total_steps)
-        if trainer.step >= stop:
-            say(f"{files.path} is at step {trainer.step} already; a larger --steps goes on")
-            return 0
-        return _fit(trainer, display, signals, stop, console)
+    display = Display(console, parts.run.total_steps, parts.run.steps_per_epoch)
+    parts.observers["progress"] = display
+    trainer = Trainer(parts, files, display.say, signals.asked)
+    if found:
+        trainer.restore(found)
+        say(f"going on from step {found.step} ({found.path})")
+    _announce(trainer, say)
+    stop = min(steps or parts.run.total_steps, parts.run.total_steps)
+    if trainer.step >= stop:
+        say(f"{files.path} is at step {trainer.step} already; a larger --steps goes on")
+        return 0
+    return _fit(trainer, display, signals, stop, console)
 
 
 def _fit(trainer: Trainer, display: Display, signals: StopSignals, stop: int, console: Console) -> int:
     files, status = trainer.files, "failed"
     files.status("running", step=trainer.step, of=trainer.info.total_steps)
     try:
-        with display:
+        # Only from here on: before, there is nothing to save, and Ctrl-C may end things at once.
+        with signals, display:
             display.advance(trainer.step)
             trainer.fit(stop, lambda: display.advance(trainer.step))
         status = "done" if trainer.step == trainer.info.total_steps else "stopped"
@@ -140,8 +141,7 @@ def _fit(trainer: Trainer, display: Display, signals: StopSignals, stop: int, co
         raise
     finally:
         files.status(status, step=trainer.step, of=trainer.info.total_steps)
-        if status != "failed":
-            trainer.bus.emit("run_ended", run=trainer, status=status)
+        _end(trainer, status)
     if status == "done":
         _summarise(files, console)
     else:
@@ -151,6 +151,15 @@ def _fit(trainer: Trainer, display: Display, signals: StopSignals, stop: int, co
         )
         console.print(f"run directory: {files.path}", highlight=False, soft_wrap=True)
     return INTERRUPTED if status == "interrupted" else 0
+
+
+def _end(trainer: Trainer, status: str) -> None:
+    """Tell the observers, whose own trouble must not hide why a run failed."""
+    try:
+        trainer.bus.emit("run_ended", run=trainer, status=status)
+    except RunFailed:
+        if status != "failed":
+            raise
 
 
 def refuse_findings(parts: Parts, source: str) -> None:

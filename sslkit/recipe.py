@@ -73,8 +73,8 @@ class Train(BaseModel):
     """`separate` forwards one view at a time, with BatchNorm statistics of one view as in the authors' code;
     `together` forwards all views of one size at once: faster for small batches, other statistics."""
     compile: Literal["auto"] | bool = "auto"
-    """`torch.compile` the views and the networks. `auto` does where a compiler is there and the run is long enough to
-    win its time back; the lock file records what it chose."""
+    """`torch.compile` the views and the networks. `auto` does on a GPU where the run is long enough to win the
+    time back; the lock file records what it chose."""
     clip_grad_norm: PositiveFloat | None = None
     """Scale gradients down to this norm over all parameters; without it they are left alone."""
     log_every: Annotated[PositiveInt, Incidental] = 50
