@@ -77,10 +77,10 @@ def train(
     resume: Any,
     dry_run: bool,
 ) -> None:
-    """Train RECIPE: a path, or the name of a shipped recipe (see `sslkit recipes`).
+    """Train RECIPE, or go on where it was stopped.
 
-    The same command goes on where it was stopped. Exit codes: 0 done, 1 the run failed, 2 something to mend, 130
-    interrupted.
+    RECIPE is a path, or the name of a shipped recipe (see `sslkit recipes`). Exit codes: 0 done, 1 the run failed, 2
+    something to mend, 130 interrupted.
     """
     from sslkit.recipe import read_recipe
 
@@ -131,6 +131,7 @@ def recipes() -> None:
 @click.argument("to", required=False, type=click.Path())
 def copy(name: str, to: str | None) -> None:
     """Write the shipped recipe NAME to a file, to be edited.  [default: NAME.toml]"""
+    import re
     from pathlib import Path
 
     from sslkit.errors import UserError
@@ -139,7 +140,9 @@ def copy(name: str, to: str | None) -> None:
     source, target = locate(name), Path(to or f"{name}.toml")
     try:
         with target.open("x", encoding="utf-8") as file:
-            file.write(source.read_text(encoding="utf-8"))
+            # The run directory is named after the recipe: a copy under another name trains in another one.
+            text = source.read_text(encoding="utf-8")
+            file.write(re.sub(r'^name = ".*"$', f'name = "{target.stem}"', text, count=1, flags=re.MULTILINE))
     except FileExistsError:
         raise UserError(f"{target}: is there already and was left alone; give another path") from None
     except OSError as error:

@@ -44,6 +44,8 @@ def _problem(mistake: Any, path: Path, tables: dict[str, Any], top: type[BaseMod
             else ""
         )
         return f"should be {context['expected']}, not {_shown(given)}{near}"
+    if kind == "string_pattern_mismatch" and path == ("name",):
+        return f"should be letters, digits, dots, dashes and underscores, not {_shown(given)}"
     text = mistake["msg"].removeprefix("Input ").removeprefix("Value error, ")
     if kind in ("slot", "component", "scheduled"):
         return text if kind == "component" or isinstance(given, dict) else f"{text}, not {_shown(given)}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_origin
 
 from rich.console import Console
 from rich.table import Table
@@ -67,6 +67,8 @@ def describe_component(component: str, *, as_json: bool) -> None:
             f"{component}: should read KIND.NAME, such as loss.cosine{did_you_mean(kind, registry.KINDS)}; kinds: "
             + ", ".join(registry.KINDS)
         )
+    if not name:
+        raise UserError(f"{component}: should read KIND.NAME; {kind}: {', '.join(registry.names(kind))}")
     provider = registry.find(kind, name)
     cls: Any = registry.load(kind, name)
     shown = options(cls)
@@ -79,11 +81,11 @@ def describe_component(component: str, *, as_json: bool) -> None:
         return
     console = Console(highlight=False)
     console.print(f"[bold]{provider.key}[/bold]  from {provider.origin}  ({_file(cls)})", soft_wrap=True)
-    console.print(Text(inspect.getdoc(cls) or ""))
+    console.print(Text(inspect.getdoc(cls) or ""), soft_wrap=True)
     for option in shown:
         default = "required" if option["required"] else f"default {option['default']}"
         console.print(Text.assemble("\n", (option["name"], "bold"), f"  {option['type']}, {default}"))
-        console.print(Text(option["help"]))
+        console.print(Text(option["help"]), soft_wrap=True)
 
 
 def options(cls: type[Component]) -> list[dict[str, Any]]:
@@ -129,9 +131,14 @@ def type_name(info: FieldInfo) -> str:
             return put(annotation.__origin__)
         return " | ".join(dict.fromkeys(put(a) for a in arguments if a is not type(None))) or str(annotation)
 
+    def bounds(annotation: Any) -> list[Any]:
+        """What an annotation's members say beside their types: the limits of `PositiveInt | None`."""
+        inner = [m for a in getattr(annotation, "__args__", ()) for m in bounds(a)]
+        return [*getattr(annotation, "__metadata__", ()), *inner] if get_origin(annotation) is not tuple else []
+
     limits = [
         f"{sign} {getattr(m, key)}"
-        for m in info.metadata
+        for m in [*info.metadata, *bounds(info.annotation)]
         for key, sign in (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
         if hasattr(m, key)
     ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shlex
 import signal
 import sys
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,9 +17,9 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from sslkit import checkpoint, doctor
+from sslkit import checkpoint, doctor, registry
 from sslkit.build import Parts, build, choose_device, resolve_compile
-from sslkit.errors import RunFailed, UserError
+from sslkit.errors import RunFailed, SslkitError, UserError
 from sslkit.progress import Display
 from sslkit.recipe import Recipe, differences, parse_recipe, place, read_recipe
 from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment, read_metrics
@@ -83,7 +85,7 @@ def train(
     with _opened(path) as files:
         earlier = _earlier_recipe(files)
         if earlier is not None:
-            recipe = _compare(recipe, earlier, path, source)
+            recipe = _compare(recipe, earlier, path, [source, *(f"--set={o}" for o in overrides)])
             if _finished(files):
                 console.print(f"{path}: this run is finished", highlight=False)
                 _summarise(files, console)
@@ -136,6 +138,14 @@ def _fit(trainer: Trainer, display: Display, signals: StopSignals, stop: int, co
             status = "interrupted" if signals.received == signal.SIGINT else "preempted"
     except torch.OutOfMemoryError as error:
         raise RunFailed(_memory_advice(trainer, error)) from error
+    except SslkitError:
+        raise
+    except Exception as error:
+        files.write("traceback.txt", traceback.format_exc())
+        raise RunFailed(
+            f"{_culprit(error)} failed at step {trainer.step + 1}: {type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0]} (the traceback is in {files.path / 'traceback.txt'})"
+        ) from error
     except KeyboardInterrupt:
         status = "interrupted"  # a second Ctrl-C: the newest checkpoint is the earlier one
         raise
@@ -218,17 +228,19 @@ def _earlier_recipe(files: RunDirectory) -> Recipe | None:
     if not files.has_run:
         return None
     text = files.lock_file.read_text(encoding="utf-8")
-    return parse_recipe(text, str(files.lock_file))
+    # A run that ended before its first checkpoint has nothing to lose: the directory is free.
+    begun = files.checkpoints.is_dir() and any(files.checkpoints.iterdir())
+    return parse_recipe(text, str(files.lock_file)) if begun else None
 
 
-def _compare(recipe: Recipe, earlier: Recipe, path: Path, source: str) -> Recipe:
+def _compare(recipe: Recipe, earlier: Recipe, path: Path, arguments: Sequence[str]) -> Recipe:
     """The recipe to go on with: what `auto` chose at the start stands."""
     if recipe.train.compile == "auto":
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": earlier.train.compile})})
     if changed := differences(earlier, recipe):
         raise UserError(
             f"{path}: holds a run of another recipe; to train the changed one: "
-            f"sslkit train {source} --run-dir {path}-2",
+            f"sslkit train {shlex.join(arguments)} --run-dir {path}-2",
             *(f"  {line}" for line in changed),
         )
     return recipe
@@ -277,11 +289,22 @@ def _summarise(files: RunDirectory, console: Console) -> None:
             f"kNN top-1 ({protocol}): {first['knn_top1']:.4f} random network (step {first['step']}) -> "
             f"{last['knn_top1']:.4f} after {last['step']} steps",
             highlight=False,
+            soft_wrap=True,
         )
     losses = [r["loss"] for r in records if r.get("loss") is not None]
     if losses:
         console.print(f"loss: {losses[0]:.4f} -> {losses[-1]:.4f} (it cannot rank runs; kNN can)", highlight=False)
     console.print(f"run directory: {files.path}", highlight=False, soft_wrap=True)
+
+
+def _culprit(error: BaseException) -> str:
+    """The component in whose code an error arose, as far as its traceback tells."""
+    owners = {p.target.partition(":")[0].partition(".")[0]: p for p in registry.providers()}
+    frames = [f.f_globals.get("__name__", "").partition(".")[0] for f, _ in traceback.walk_tb(error.__traceback__)]
+    for package in reversed(frames):
+        if package in owners:
+            return f"{package} ({owners[package].origin})"
+    return "the run"
 
 
 def _device_name(device: torch.device) -> str:

@@ -50,17 +50,24 @@ def show_plan(source: str, overrides: Sequence[str], *, device: str) -> None:
     left_out = run.train_images - run.steps_per_epoch * run.batch_size
     console.print(
         f"{run.train_images} images of {run.image_size} px: {run.total_steps} steps, {run.steps_per_epoch} per epoch "
-        f"of {run.batch_size} images; an epoch leaves out {left_out}"
+        f"of {run.batch_size} images; an epoch leaves out {left_out}",
+        soft_wrap=True,
     )
     console.print("parameters: " + ", ".join(f"{name} {count:,}" for name, count in parameter_counts(parts).items()))
     console.print(_schedules(parts))
     cost = measure(parts)
-    hours, minutes = divmod(cost.seconds_per_step * run.total_steps / 60, 60)
+    total = _duration(cost.seconds_per_step * run.total_steps)
     console.print(
         f"estimate from {MEASURED_STEPS} uncompiled steps here: {cost.seconds_per_step:.3f} s per step, "
-        f"{run.batch_size / cost.seconds_per_step:.0f} images/s, {hours:.0f} h {minutes:.0f} min in all without "
-        f"measurements; peak memory {cost.peak_bytes / 2**30:.2f} GiB ({_where(run.device)})"
+        f"{run.batch_size / cost.seconds_per_step:.0f} images/s, {total} in all without "
+        f"measurements; peak memory {cost.peak_bytes / 2**30:.2f} GiB ({_where(run.device)})",
+        soft_wrap=True,
     )
+
+
+def _duration(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{seconds:.0f} s" if seconds < 180 else f"{minutes} min" if minutes < 120 else f"{minutes / 60:.1f} h"
 
 
 def parameter_counts(parts: Parts) -> dict[str, int]:

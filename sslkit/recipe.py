@@ -301,7 +301,7 @@ def _set(tables: dict[str, Any], keys: tuple[str, ...], value: object, override:
             observers.append({"use": name})
             origin.overridden["observers", at] = override
         table, path, rest = observers[at], ("observers", at), rest[2:]
-        if not rest:
+        if not rest or rest == ["use"]:
             raise UserError(f"--set {override}: should name an option, such as observers.{name}.enabled=false")
     for key in rest[:-1]:
         path = (*path, key)
@@ -310,6 +310,7 @@ def _set(tables: dict[str, Any], keys: tuple[str, ...], value: object, override:
         table = table[key]
     if rest[-1] == "use" and table.get("use") != value:
         table.clear()
+        origin.overridden[path] = override
         for below in [p for p in origin.lines if p[: len(path)] == path and len(p) > len(path)]:
             del origin.lines[below]  # type: ignore[attr-defined]
     table[rest[-1]] = value

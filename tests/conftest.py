@@ -4,11 +4,11 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits for the first
 
-import textwrap  # noqa: E402
-from collections.abc import Callable  # noqa: E402
-from pathlib import Path  # noqa: E402
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
 
-import pytest  # noqa: E402
+import pytest
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,7 +21,7 @@ prints = 1
 test_prints = 1
 
 [view_generator]
-use = "two_crops"
+use = "affine"
 
 [backbone]
 use = "convnet"

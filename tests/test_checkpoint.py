@@ -13,7 +13,10 @@ from sslkit.errors import RunFailed
 
 PARTS = {
     "model": {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)},
-    "optimizer": {"state": {0: {"momentum": torch.ones(3), "step": 4}}, "param_groups": [{"lr": 0.1, "betas": [0.9, 0.99]}]},
+    "optimizer": {
+        "state": {0: {"momentum": torch.ones(3), "step": 4}},
+        "param_groups": [{"lr": 0.1, "betas": [0.9, 0.99]}],
+    },
     "loss": {},
 }
 

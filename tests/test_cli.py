@@ -37,7 +37,17 @@ def command(*arguments: str) -> list[str]:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["list-plugins"], ["recipes"], ["--version"]])
 def test_looking_around_imports_no_torch(arguments: list[str]) -> None:
-    code = f"import sys; sys.argv = ['sslkit', *{arguments!r}]\ntry:\n    from sslkit.cli import main; main()\nexcept SystemExit as e:\n    assert not e.code\nheavy = {{'torch', 'timm', 'numpy', 'sklearn', 'pyarrow'}} & set(sys.modules)\nassert not heavy, heavy"
+    code = f"""
+import sys
+sys.argv = ["sslkit", *{arguments!r}]
+try:
+    from sslkit.cli import main
+    main()
+except SystemExit as end:
+    assert not end.code
+heavy = {{"torch", "timm", "numpy", "sklearn", "pyarrow"}} & set(sys.modules)
+assert not heavy, heavy
+"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
 
@@ -136,12 +146,20 @@ def test_a_run_from_beginning_to_end_and_again(tiny: Path) -> None:
     assert first.exit_code == 0, first.output
     assert "random network (step 0) ->" in first.output.replace("\n", " ")
     folder = Path("runs/tiny")
-    assert {"recipe.lock.toml", "env.json", "metrics.jsonl", "status.json", "checkpoints", "tensorboard", "bad_samples.jsonl"} <= {p.name for p in folder.iterdir()}
+    assert {
+        "recipe.lock.toml",
+        "env.json",
+        "metrics.jsonl",
+        "status.json",
+        "checkpoints",
+        "tensorboard",
+        "bad_samples.jsonl",
+    } <= {p.name for p in folder.iterdir()}
     status = json.loads((folder / "status.json").read_text())
     assert (status["status"], status["step"]) == ("done", 20)
     env = json.loads((folder / "env.json").read_text())
     assert {"torch", "sslkit"} <= set(env["packages"])
-    assert {"component": "loss.cosine"}.items() <= [p for p in env["plugins"] if p["component"] == "loss.cosine"][0].items()
+    assert "loss.cosine" in {p["component"] for p in env["plugins"]}
     before = (folder / "metrics.jsonl").read_bytes()
     again = run("train", str(tiny))
     assert again.exit_code == 0
@@ -237,9 +255,13 @@ def wait_for_step(folder: str, step: int, process: subprocess.Popen[str]) -> Non
     raise AssertionError("the run never came to the step")
 
 
-@pytest.mark.parametrize(("number", "code", "status"), [(signal.SIGTERM, 0, "preempted"), (signal.SIGINT, 130, "interrupted")])
+@pytest.mark.parametrize(
+    ("number", "code", "status"), [(signal.SIGTERM, 0, "preempted"), (signal.SIGINT, 130, "interrupted")]
+)
 def test_a_signal_saves_and_the_same_command_goes_on(tiny: Path, number: int, code: int, status: str) -> None:
-    process = subprocess.Popen(command("train", str(tiny), *LONG), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command("train", str(tiny), *LONG), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     wait_for_step("runs/tiny", 10, process)
     os.kill(process.pid, number)
     out, err = process.communicate(timeout=60)
@@ -252,7 +274,9 @@ def test_a_signal_saves_and_the_same_command_goes_on(tiny: Path, number: int, co
 
 
 def test_a_killed_run_goes_on_with_the_same_losses(tiny: Path) -> None:
-    process = subprocess.Popen(command("train", str(tiny), *LONG), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        command("train", str(tiny), *LONG), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True
+    )
     wait_for_step("runs/tiny", 15, process)
     process.kill()
     process.wait()
@@ -260,3 +284,49 @@ def test_a_killed_run_goes_on_with_the_same_losses(tiny: Path) -> None:
     assert run("train", str(tiny), *LONG, "--steps", str(steps)).exit_code == 0
     assert run("train", str(tiny), *LONG, "--steps", str(steps), "--run-dir", "whole").exit_code == 0
     assert losses("runs/tiny") == losses("whole")
+
+
+def test_a_copy_trains_in_a_directory_of_its_own(tmp_path: Path) -> None:
+    assert run("copy", "quickstart", "mine.toml").exit_code == 0
+    assert 'name = "mine"' in (tmp_path / "mine.toml").read_text()
+
+
+def test_a_run_that_never_began_does_not_hold_its_directory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslkit.train import Trainer
+
+    def fail(*_: object) -> None:
+        raise ValueError("shapes do not fit")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "train_step", fail)
+        failed = run("train", str(tiny))
+    assert failed.exit_code == 1
+    assert failed.stderr.strip().startswith(
+        "the run failed at step 1: ValueError: shapes do not fit (the traceback is in"
+    )
+    assert "shapes do not fit" in Path("runs/tiny/traceback.txt").read_text()
+    assert json.loads(Path("runs/tiny/status.json").read_text())["status"] == "failed"
+    assert run("train", str(tiny), "--set", "train.epochs=1").exit_code == 0
+
+
+def test_an_error_in_a_components_step_names_its_package(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslkit_cosine import loss
+
+    monkeypatch.setattr(loss, "pairs", lambda specs: [(0, 7)])
+    failed = run("train", str(tiny))
+    assert failed.exit_code in (1, 2)
+    assert len(failed.stderr.strip().splitlines()) == 1
+    assert "sslkit_cosine" in failed.stderr or "loss 'cosine'" in failed.stderr
+
+
+def test_the_way_out_of_a_refusal_keeps_what_was_set(tiny: Path) -> None:
+    run("train", str(tiny), "--steps", "2")
+    changed = run("train", str(tiny), "--set", "optimizer.lr={ use = 'constant', value = 0.1 }")
+    suggestion = changed.stderr.splitlines()[0].partition("the changed one: sslkit ")[2]
+    import shlex
+
+    assert run(*shlex.split(suggestion), "--steps", "2").exit_code == 0
+
+
+def test_describing_a_kind_lists_its_names() -> None:
+    assert "target_updater: ema, none, stop_gradient" in run("describe", "target_updater").output

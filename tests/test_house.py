@@ -145,7 +145,9 @@ def test_kinds_are_the_same_everywhere() -> None:
 
 def test_nothing_private_is_told() -> None:
     """No absolute path of anybody's machine, and no host of a package registry, in any file that ships."""
-    pattern = re.compile(r"/(?:home|root|work|Users)/\w+|pypi\.org|pythonhosted|huggingface\.co/(?!docs)|\bTODO\b|\bFIXME\b")
+    pattern = re.compile(
+        r"/(?:home|root|work|Users)/\w+|pypi\.org|pythonhosted|huggingface\.co/(?!docs)|\bTODO\b|\bFIXME\b"
+    )
     listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     for name in listed:
         path = ROOT / name

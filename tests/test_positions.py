@@ -49,7 +49,9 @@ def test_every_key_has_its_line() -> None:
 leaves = st.booleans() | st.integers(-5, 5) | st.floats(allow_nan=False) | st.text(max_size=6)
 tables = st.recursive(
     st.dictionaries(st.text(min_size=1, max_size=5), leaves, max_size=3),
-    lambda inner: st.dictionaries(st.text(min_size=1, max_size=5), leaves | inner | st.lists(leaves | inner, max_size=3)),
+    lambda inner: st.dictionaries(
+        st.text(min_size=1, max_size=5), leaves | inner | st.lists(leaves | inner, max_size=3)
+    ),
     max_leaves=12,
 )
 

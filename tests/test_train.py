@@ -72,7 +72,9 @@ def plain_byol(t: Trainer, n: int) -> tuple[list[float], nn.Module, nn.Module]:
     trained = [*online.parameters(), *predictor.parameters()]
     decayed = [p for p in trained if p.ndim > 1]
     bare = [p for p in trained if p.ndim <= 1]
-    sgd = torch.optim.SGD([{"params": decayed, "weight_decay": 1e-4}, {"params": bare, "weight_decay": 0.0}], lr=0.1, momentum=0.9)
+    sgd = torch.optim.SGD(
+        [{"params": decayed, "weight_decay": 1e-4}, {"params": bare, "weight_decay": 0.0}], lr=0.1, momentum=0.9
+    )
     losses = []
     for k in range(n):
         draw = t.feed.draw(k)
@@ -98,10 +100,10 @@ def plain_byol(t: Trainer, n: int) -> tuple[list[float], nn.Module, nn.Module]:
 def test_the_step_is_byols(trainer: Callable[..., Trainer]) -> None:
     t = trainer()
     losses, online, target = plain_byol(t, 6)
-    assert steps(t, 6) == pytest.approx(losses, rel=1e-4)
-    assert torch.allclose(weights(t.model.online), weights(online), atol=1e-5)
+    assert steps(t, 6) == pytest.approx(losses, rel=1e-5)
+    assert torch.allclose(weights(t.model.online), weights(online), atol=1e-4)
     assert t.model.target is not None
-    assert torch.allclose(weights(t.model.target), weights(target), atol=1e-5)
+    assert torch.allclose(weights(t.model.target), weights(target), atol=1e-4)
     # As in the authors' code, the target has BatchNorm statistics of its own.
     buffers, own = dict(t.model.target.named_buffers()), dict(target.named_buffers())
     assert all(torch.allclose(buffers[name].float(), own[name].float(), atol=1e-4) for name in own)
@@ -185,7 +187,9 @@ def test_nothing_moves_when_the_loss_is_not_finite(trainer: Callable[..., Traine
     steps(t, 2)
     before, momentum = weights(t.model), copy.deepcopy(t.optimizer.state_dict()["state"])
     with torch.no_grad():
-        handle = t.model.online.projector.register_forward_hook(lambda *_: torch.full((128, 8), float("nan"), requires_grad=True))
+        handle = t.model.online.projector.register_forward_hook(
+            lambda *_: torch.full((128, 8), float("nan"), requires_grad=True)
+        )
     steps(t, 1)
     handle.remove()
     assert torch.equal(weights(t.model), before)

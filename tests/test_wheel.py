@@ -24,7 +24,9 @@ def call(*command: object, cwd: Path) -> str:
 @pytest.mark.slow
 def test_the_wheel_trains_the_quickstart(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
-    shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", "_build", ".*cache"))
+    shutil.copytree(
+        ROOT, clone, ignore=shutil.ignore_patterns(".git", ".venv", "runs", "build", "*.egg-info", "_build", ".*cache")
+    )
     call(sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path / "dist", clone, cwd=tmp_path)
     shutil.rmtree(clone)
     wheel = next((tmp_path / "dist").glob("sslkit-*.whl"))

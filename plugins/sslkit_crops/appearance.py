@@ -7,7 +7,8 @@ where it is off, so that shapes never depend on data.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 NO_JITTER = 4
 """Where hue comes in the order of a sample that is not jittered."""
-TURNS, PLACE, TAPS = 9, 13, 14
-"""Columns of `settings`: keep, gray and mean of three blends, hue in each of four places, its place, the blur's taps."""
+BLENDS = 6
+"""Three blends before the hue is turned and three after; each sample needs three of them, the others change nothing."""
+TURNS, PLACE, TAPS = 3 * BLENDS, 3 * BLENDS + 1, 3 * BLENDS + 2
+"""Columns of `settings`: keep, gray and mean of each blend, then hue, its place in the order, the taps of the blur."""
 
 
 class Appearance:
@@ -40,7 +43,7 @@ class Appearance:
         self.options, self.blur_kernel, self.normalize = options, blur_kernel, normalize
         self.hue = options.hue if colored else 0.0
 
-    def __call__(self, crops: list[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
+    def __call__(self, crops: Sequence[Tensor], parameters: Mapping[str, Tensor]) -> list[Tensor]:
         """Crops float 0..1 `[B, C, h, w]` -> views; `parameters` as `TwoCropsMaker` describes them."""
         grouped = crops[0].device.type == "cpu" and not torch.compiler.is_compiling()
         make = self._grouped if grouped else self._static
@@ -54,24 +57,29 @@ class Appearance:
         They are one tensor because a compiler would otherwise work them out again at every pixel.
         """
         order = p["order"]
+        slots = torch.arange(3, device=order.device)
         place = order.eq(HUE).long().argmax(-1, keepdim=True)
-        slots = torch.arange(4, device=order.device)
-        operation = order.gather(-1, slots[:3] + (place <= slots[:3]))
+        operation = order.gather(-1, slots + (place <= slots))
         keep = torch.stack([p["brightness"], p["contrast"], p["saturation"]], -1).gather(-1, operation)
-        gray, mean = ((1 - keep) * (operation == kind) for kind in (SATURATION, CONTRAST))
-        turns = p["hue"][..., None] * (place == slots)
+        if self.hue == 0:
+            place = torch.full_like(place, 3)
+        first = slots < place
+        keep = torch.cat([torch.where(first, keep, 1.0), torch.where(first, 1.0, keep)], -1)
+        kind = torch.cat([operation, operation], -1)
+        gray, mean = (1 - keep) * (kind == SATURATION), (1 - keep) * (kind == CONTRAST)
         taps = color.gaussian_taps(p["blur_sigma"], self.blur_kernel)
         neutral = (torch.arange(taps.shape[-1], device=order.device) == 0).to(taps.dtype)
         taps = torch.where(p["blur"][..., None], taps, neutral)
-        return torch.cat([keep, gray, mean, turns, place.to(keep.dtype), taps], -1)
+        return torch.cat([keep, gray, mean, p["hue"][..., None], place.to(keep.dtype), taps], -1)
 
-    def _jitter(self, x: color.Channels, s: Tensor, hue_slots: range) -> color.Channels:
+    def _jitter(self, x: color.Channels, s: Tensor, before: range, after: range) -> color.Channels:
         column = s[:, :, None, None].unbind(1)
-        for slot in range(4):
-            if self.hue > 0 and slot in hue_slots:
-                x = color.shift_hue(x, column[TURNS + slot], self.hue)
-            if slot < 3:
-                x = color.blend(x, *column[slot:TURNS:3])
+        for blend in before:
+            x = color.blend(x, *column[blend:TURNS:BLENDS])
+        if self.hue > 0:
+            x = color.shift_hue(x, column[TURNS], self.hue)
+            for blend in after:
+                x = color.blend(x, *column[blend:TURNS:BLENDS])
         return x
 
     def _static(self, crop: Tensor, s: Tensor, on: Mapping[str, Tensor], v: int) -> Tensor:
@@ -79,7 +87,7 @@ class Appearance:
         mask = {name: m[:, None, None] for name, m in on.items()}
         x: color.Channels = crop.unbind(1)
         if o.jitter > 0:
-            x = self._jitter(x, s, range(4))
+            x = self._jitter(x, s, range(3), range(3, BLENDS))
         if o.grayscale > 0:
             gray = color.grayscale(x)
             x = [torch.where(mask["grayscale"], gray, channel) for channel in x]
@@ -94,51 +102,36 @@ class Appearance:
         o = self.options
         B, C, h, w = crop.shape
         planes, views = crop.reshape(B * C, h, w), torch.empty(B, C, h, w)
-        gray, inverted = on["grayscale"].long(), on["solarize"].long()
-        # In this order the grey of a group lie together, and so do the solarized.
-        kind = 2 * gray + (gray ^ inverted)
-        key = 4 * torch.where(on["jitter"], self._hue_place(s), NO_JITTER) + kind
-        order, start = key.argsort(), 0
-        for place, (plain, solar, both, rest) in enumerate(key.bincount(minlength=20).view(5, 4).tolist()):
-            n = plain + solar + both + rest
-            for part in geometry.chunks(n, C * h * w):
-                index = order[start + part.start : start + part.stop]
+        group = torch.where(on["jitter"], s[:, PLACE].long(), NO_JITTER)
+        for place, members in enumerate(group.argsort().split(group.bincount(minlength=5).tolist())):
+            for part in geometry.chunks(len(members), C * h * w):
+                index = members[part]
                 rows = index * C + torch.arange(C)[:, None]
                 x: color.Channels = planes.index_select(0, rows.view(-1)).view(C, -1, h, w).unbind(0)
                 if place != NO_JITTER:
-                    x = self._jitter(x, s[index], range(place, place + 1))
-                some = _overlap(part, plain + solar, n)
-                if some.start < some.stop:
-                    luma = color.grayscale([channel[some] for channel in x])
-                    for channel in x:
-                        channel[some] = luma
+                    x = self._jitter(x, s[index], range(place), range(3 + place, BLENDS))
+                if o.grayscale > 0:
+                    x = _where(on["grayscale"][index], x, lambda y, _: [color.grayscale(y)] * len(y))
                 if o.blur[v] > 0:
-                    x = self._blur_some(x, s[index, TAPS:], on["blur"][index])
-                some = _overlap(part, plain, plain + solar + both)
-                if some.start < some.stop:
-                    new = color.solarize([channel[some] for channel in x], o.solarize_threshold)
-                    for channel, changed in zip(x, new, strict=True):
-                        channel[some] = changed
-                # NumPy copies whole images where index_copy_ goes value by value, three times as slow.
+                    x = _where(on["blur"][index], x, functools.partial(_blur, s[index, TAPS:]))
+                if o.solarize[v] > 0:
+                    x = _where(on["solarize"][index], x, lambda y, _: color.solarize(y, o.solarize_threshold))
+                # NumPy copies whole rows where index_copy_ goes value by value, three times as slow.
                 for c, channel in enumerate(self.normalize(x)):
                     views.numpy()[index.numpy(), c] = channel.numpy()
-            start += n
         return views
 
-    def _hue_place(self, s: Tensor) -> Tensor:
-        return s[:, PLACE].long()
 
-    def _blur_some(self, x: color.Channels, taps: Tensor, on: Tensor) -> color.Channels:
-        chosen = on.nonzero().squeeze(1)
-        if len(chosen) == len(on):
-            return color.gaussian_blur(x, taps)
-        if len(chosen) > 0:
-            new = color.gaussian_blur([channel[chosen] for channel in x], taps[chosen])
-            for channel, changed in zip(x, new, strict=True):
-                channel[chosen] = changed
-        return x
+def _blur(taps: Tensor, x: color.Channels, chosen: Tensor) -> list[Tensor]:
+    return color.gaussian_blur(x, taps[chosen])
 
 
-def _overlap(part: slice, start: int, stop: int) -> slice:
-    """Where `start .. stop` lies within a part, counted from the part's first sample."""
-    return slice(max(start - part.start, 0), min(stop, part.stop) - part.start)
+def _where(on: Tensor, x: color.Channels, change: Callable[[color.Channels, Tensor], color.Channels]) -> color.Channels:
+    """Change the samples that are `on`, in place unless they are all; `change` is given them and their positions."""
+    chosen = on.nonzero().squeeze(1)
+    if len(chosen) == len(on):
+        return change(x, chosen)
+    if len(chosen) > 0:
+        for channel, changed in zip(x, change([c.index_select(0, chosen) for c in x], chosen), strict=True):
+            channel[chosen] = changed
+    return x

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 Channels = Sequence[Tensor]
@@ -80,9 +79,11 @@ def gaussian_blur(x: Channels, taps: Tensor) -> list[Tensor]:
     r = len(others)
     blurred = []
     for y in x:
-        for axis, pad in ((2, (r, r, 0, 0)), (1, (0, 0, r, r))):
+        for axis in (2, 1):
             size = y.shape[axis]
-            padded = F.pad(y, pad, mode="reflect")
+            # What F.pad(mode="reflect") does; compiled on a CPU, that one reads value by value.
+            left, right = y.narrow(axis, 1, r).flip(axis), y.narrow(axis, size - 1 - r, r).flip(axis)
+            padded = torch.cat([left, y, right], axis)
             y = padded.narrow(axis, r, size) * centre
             for k, tap in enumerate(others, start=1):
                 pair = padded.narrow(axis, r - k, size) + padded.narrow(axis, r + k, size)

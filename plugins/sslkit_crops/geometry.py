@@ -57,9 +57,9 @@ def central_box(side: int, ratio: tuple[float, float]) -> tuple[int, int, int, i
     """The box for a square image on which ten attempts failed: `(top, left, height, width)`."""
     height = width = side
     if ratio[0] > 1:
-        height = round(side / ratio[0])
+        height = max(1, round(side / ratio[0]))
     elif ratio[1] < 1:
-        width = round(side * ratio[1])
+        width = max(1, round(side * ratio[1]))
     return (side - height) // 2, (side - width) // 2, height, width
 
 
@@ -118,8 +118,12 @@ class Cropper:
             flips: bool `[B]` per view: mirrored left to right.
 
         Returns:
-            Per view float `[B, C, out_size, out_size]`, clamped to 0..1 because the kernel overshoots at edges.
+            Per view float `[B, C, out_size, out_size]`, not contiguous, and beyond 0..1 where the kernel overshoots.
         """
+        with torch.autocast(images.device.type, enabled=False):
+            return self._crop(images, boxes, flips)
+
+    def _crop(self, images: Tensor, boxes: Sequence[Tensor], flips: Sequence[Tensor]) -> list[Tensor]:
         B, C, H, W = images.shape
         # Rows outermost, so that one product takes all channels.
         lines = torch.empty(B, H, C, W, device=images.device).copy_(images.transpose(1, 2)).div_(255).view(B, H, C * W)
@@ -159,7 +163,8 @@ def resize(images: Tensor, size: int) -> Tensor:
     whole = torch.zeros(1, dtype=torch.long, device=images.device)
     plain = torch.zeros(1, dtype=torch.bool, device=images.device)
     rows, columns = (resize_weights(whole, whole + side, plain, side, size)[0] for side in images.shape[-2:])
-    return (rows @ images @ columns.T).clamp_(0.0, 1.0)
+    with torch.autocast(images.device.type, enabled=False):
+        return (rows @ images @ columns.T).clamp_(0.0, 1.0)
 
 
 def chunks(n: int, values: int) -> list[slice]:

@@ -25,9 +25,7 @@ class Normalize:
         UserError: the number of values is not the number of channels, or a deviation is zero.
     """
 
-    def __init__(
-        self, where: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, run: RunInfo
-    ) -> None:
+    def __init__(self, where: str, mean: tuple[float, ...] | None, std: tuple[float, ...] | None, run: RunInfo) -> None:
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and len(values) != run.channels:
                 raise UserError(
@@ -42,6 +40,4 @@ class Normalize:
 
     def __call__(self, channels: Sequence[Tensor]) -> list[Tensor]:
         """Each channel (any shape) normalised with its own values."""
-        return [
-            channel.sub(mean).div_(std) for channel, mean, std in zip(channels, self.mean, self.std, strict=True)
-        ]
+        return [channel.sub(mean).div_(std) for channel, mean, std in zip(channels, self.mean, self.std, strict=True)]

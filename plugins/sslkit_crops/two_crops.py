@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from sslkit_crops import TwoCrops
 
 VIEWS = 2
-BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 class TwoCropsMaker:
@@ -29,7 +28,8 @@ class TwoCropsMaker:
 
     - `box` int64 `[n, 2, 4]`: top, left, height, width of the crop in pixels; `flip` bool `[n, 2]`.
     - `jitter` bool `[n, 2]`; `brightness`, `contrast`, `saturation` (factors) and `hue` (turns) float `[n, 2]`, which
-      change nothing where `jitter` is false; `order` int64 `[n, 2, 4]`: which of the four comes first, second, ...
+      change nothing where `jitter` is false; `order` int64 `[n, 2, 4]`: the four in the order in which they come, as
+      0 brightness, 1 contrast, 2 saturation, 3 hue.
     - `grayscale`, `blur`, `solarize` bool `[n, 2]`; `blur_sigma` float `[n, 2]`, in pixels.
 
     Raises:
@@ -94,18 +94,18 @@ class TwoCropsMaker:
     # ---------------------------------------------------------------- geometry
 
     def crop(self, images: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-        B, C, H, W = images.shape
-        if H != self.in_size or W != self.in_size or C != self.channels:
+        B, *shape = images.shape
+        if shape != [self.channels, self.in_size, self.in_size]:
             raise UserError(
-                f"view_generator.two_crops: got images of {C} x {H} x {W}, but the boxes are drawn for "
-                f"{self.channels} x {self.in_size} x {self.in_size}; all images of a run have one shape"
+                f"view_generator.two_crops: got images of shape {shape}, but the boxes are drawn for "
+                f"{[self.channels, self.in_size, self.in_size]}; all images of a run have one shape"
             )
         boxes, flips = parameters["box"].unbind(1), parameters["flip"].unbind(1)
         if torch.compiler.is_compiling() or images.device.type != "cpu":
             return [x.clamp(0.0, 1.0).contiguous() for x in self.cropper(images, boxes, flips)]
         size = self.specs[0].size
-        crops = [torch.empty(B, C, size, size) for _ in self.specs]
-        for part in geometry.chunks(B, C * max(size, H) ** 2):
+        crops = [torch.empty(B, self.channels, size, size) for _ in self.specs]
+        for part in geometry.chunks(B, self.channels * max(size, self.in_size) ** 2):
             made = self.cropper(images[part], [b[part] for b in boxes], [f[part] for f in flips])
             for crop, x in zip(crops, made, strict=True):
                 torch.clamp(x, 0.0, 1.0, out=crop[part])
@@ -119,4 +119,3 @@ class TwoCropsMaker:
         x = images.float() / 255
         x = x if images.shape[-2:] == (size, size) else geometry.resize(x, size)
         return torch.stack(self.normalize(x.unbind(1)), 1)
-

@@ -33,6 +33,10 @@ class KNNObserver:
         # One fixed choice: figures of different seeds and steps then compare.
         self.bank, self.queries = _chosen(train, self.options.bank), _chosen(test, self.options.queries)
         self.labels = train.labels[self.bank], test.labels[self.queries]
+        if self.options.k >= len(self.bank):
+            run.say(
+                f"kNN: k = {self.options.k} of a bank of {len(self.bank)} images lets all of them vote; make k smaller"
+            )
         if run.step == 0:
             self._measure(run)
 

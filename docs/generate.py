@@ -1,0 +1,369 @@
+"""Writes the reference pages that follow from the code: `python docs/generate.py`.
+
+The pages are committed, so that they can be read without building anything; tests/test_docs.py fails when one of them
+no longer says what the code says.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+from pydantic import BaseModel
+
+from sslkit import api, batch, contracts, describe, events, registry
+from sslkit.cli import main
+from sslkit.doctor import FINDINGS
+from sslkit.recipe import DEFAULT_OBSERVERS, Recipe, Train
+
+HERE = Path(__file__).parent
+NOTE = "<!-- Written by docs/generate.py: edit the code that is described here, then run python docs/generate.py. -->"
+
+
+def pages() -> dict[str, str]:
+    """The text of every generated page, by its path below `docs/`."""
+    made: dict[str, Callable[[], list[str]]] = {
+        "reference/cli.md": cli_page,
+        "reference/components.md": components_page,
+        "reference/recipe.md": recipe_page,
+        "reference/api.md": api_page,
+    }
+    return {path: "\n\n".join([NOTE, *page()]) + "\n" for path, page in made.items()}
+
+
+# ---------------------------------------------------------------- Markdown
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; a `|` inside a cell is escaped."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines)
+
+
+def code(text: str) -> str:
+    """Text in a code span."""
+    return f"`{text}`"
+
+
+def paragraphs(doc: str | None) -> str:
+    """A docstring as Markdown: what it raises, takes and returns become lists."""
+    text = inspect.cleandoc(doc or "")
+    for section in ("Args", "Returns", "Raises"):
+        match = re.search(rf"^{section}:\n((?:[ ]+.*\n?|\n)+)", text, re.MULTILINE)
+        if match:
+            body = inspect.cleandoc("\n" + match[1])
+            items = re.split(r"\n(?=\S)", body)
+            listed = "\n".join("- " + _item(" ".join(item.split())) for item in items)
+            text = f"{text[: match.start()]}{section}:\n\n{listed}\n{text[match.end() :]}"
+    return text.strip()
+
+
+def _item(text: str) -> str:
+    name, colon, rest = text.partition(": ")
+    return f"`{name}`: {rest}" if colon and re.fullmatch(r"[\w.]+", name) else text
+
+
+def one_line(text: str) -> str:
+    """A text for a table's cell."""
+    return " ".join(text.split())
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def cli_page() -> list[str]:
+    """One section per command of `sslkit.cli`."""
+    context = click.Context(main, info_name="sslkit")
+    parts = [
+        "# Command line",
+        "`sslkit COMMAND --help` shows the same on a terminal. `sslkit` and `python -m sslkit` are one.",
+        table(
+            ("Command", "What it does"),
+            [
+                (f"[`sslkit {name}`](#sslkit-{name})", one_line((command.help or "").partition("\n\n")[0]))
+                for name, command in sorted(main.commands.items())
+            ],
+        ),
+        "## Exit codes",
+        table(
+            ("Code", "Meaning"),
+            [
+                ("0", "Done; also a run that SIGTERM ended after it had saved its state."),
+                ("1", "A run that began and failed: a loss that is not finite, no memory, a full disk."),
+                ("2", "Something for the user to mend: a recipe, an option, a path, a missing package."),
+                ("130", "Interrupted from the keyboard; the state is saved."),
+            ],
+        ),
+        "Errors go to stderr, one line each, and say what was wrong, where, and what to do.",
+    ]
+    for name, command in sorted(main.commands.items()):
+        usage = " ".join(command.collect_usage_pieces(click.Context(command, info_name=name, parent=context)))
+        parts += [f"## sslkit {name}", code(f"sslkit {name} {usage}"), inspect.cleandoc(command.help or "")]
+        rows = [_option(parameter) for parameter in command.params if isinstance(parameter, click.Option)]
+        if rows:
+            parts.append(table(("Option", "Meaning"), rows))
+    parts += ["## Environment", table(("Variable", "Meaning"), [
+        ("`SSLKIT_DATA`", "Folder for data sets and for what is remembered about them; by default `~/.cache/sslkit`. "
+                          "CIFAR-10 lies in its subfolder `cifar10`."),
+    ])]  # fmt: skip
+    return parts
+
+
+def _option(option: click.Option) -> tuple[str, str]:
+    name = ", ".join(option.opts)
+    if isinstance(option.type, click.Choice):
+        name += " " + "|".join(map(str, option.type.choices))
+    elif not option.is_flag:
+        name += " " + (option.metavar or option.type.name.partition(" ")[0].upper())
+    default = f" Default: `{option.default}`." if option.show_default else ""
+    text = re.sub(r"\s*\[default: (.*?)\]", r" Default: `\1`.", option.help or "")
+    return code(name), text + default + (" Repeatable." if option.multiple and "repeatable" not in text else "")
+
+
+# ---------------------------------------------------------------- components
+
+
+def components_page() -> list[str]:
+    """One section per component that sslkit brings, under its kind."""
+    ours = [p for p in registry.providers() if p.distribution == "sslkit"]
+    parts = [
+        "# Components",
+        "Every component that comes with sslkit, with its options as a recipe sets them. What is installed on your "
+        "machine, other packages included, is listed by `sslkit list-plugins`, and `sslkit describe KIND.NAME` shows "
+        "one of them in this form.",
+        "An option of the type *number or schedule* takes a number or a table that names a "
+        "[schedule](#schedule), such as `{ use = \"cosine\", start = 0.99, end = 1.0 }`. *unset* as a default means "
+        "that the option may be left out. A dagger (†) marks options that do not change what a run computes: a run may "
+        "[go on](../how-to/resume-and-stop.md) with other values.",
+    ]  # fmt: skip
+    for kind in registry.KINDS:
+        parts += [f"## {kind}", inspect.cleandoc(api.KIND_CLASSES[kind].__doc__ or "")]
+        for provider in (p for p in ours if p.kind == kind):
+            cls: Any = registry.load(kind, provider.name)
+            where = code(f"plugins/{provider.target.partition(':')[0]}/")
+            parts += [f"### {provider.key}", paragraphs(cls.__doc__), f"Source: {where}."]
+            rows = option_rows(cls)
+            parts.append(table(("Option", "Type", "Default", "Meaning"), rows) if rows else "It has no options.")
+    return parts
+
+
+def option_rows(model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
+    """Name, type, default and help of each option of a component or table."""
+    rows = []
+    for option in describe.options(model):  # type: ignore[arg-type]
+        name = option["name"]
+        dagger = " †" if api.Incidental in model.model_fields[name].metadata else ""
+        kind = option["type"].replace("number | schedule", "number or schedule")
+        default = "required" if option["required"] else option["default"]
+        plain = default in ("required", "unset")
+        rows.append((code(name) + dagger, code(kind), default if plain else code(default), option["help"]))
+    return rows
+
+
+# ---------------------------------------------------------------- recipes
+
+FILLED_BY = {"projector": "head", "predictor": "head", "observers": "observer"}
+"""The kind that fills a table, where the table is not named after it."""
+
+
+def recipe_page() -> list[str]:
+    """Tables of a recipe and of `[train]`, and what reading one means."""
+    rows = []
+    for name, field in Recipe.model_fields.items():
+        kind = FILLED_BY.get(name, name)
+        if kind in registry.KINDS:
+            shown, what = f"[[{name}]]" if name == "observers" else f"[{name}]", f"[{kind}](components.md#{kind})"
+        elif name == "train":
+            shown, what = "[train]", "its [options](#train)"
+        else:
+            shown, what = name, code(describe.type_name(field))
+        needed = "required" if field.is_required() and name != "name" else "optional"
+        rows.append((code(shown), what, needed, one_line(field.description or "")))
+    return [
+        "# Recipes",
+        "A recipe is a TOML file. Each table is a slot, named after the kind of component that fills it; `use` names "
+        "the component and the other keys are its options. Two slots, `projector` and `predictor`, take heads. "
+        "Unknown keys and loose types (`\"64\"` for `64`) are refused, all mistakes at once, each with its line.",
+        "A recipe is data: it can name installed components and set their options, and it can run nothing else.",
+        "## Tables",
+        table(("Key", "Filled by", "", "Meaning"), rows),
+        "Without a `name`, a recipe has the name of its file.",
+        f"The observers {', '.join(code(n) for n in DEFAULT_OBSERVERS)} look on in every run. A `[[observers]]` table "
+        "with one of these names sets its options, and `enabled = false` in it switches it off.",
+        "## train",
+        table(("Option", "Type", "Default", "Meaning"), option_rows(Train)),
+        "A dagger (†) marks options that do not change what a run computes. They, `name`, `observers` and the options "
+        "marked so among the [components](components.md) are left out of the recipe's hash, so that a run may "
+        "[go on](../how-to/resume-and-stop.md) with other values.",
+        "### Findings",
+        "`train` refuses to begin what is known to fail, with the figure and the step. A recipe that means it lists "
+        "the finding's id in `train.accept`.",
+        table(("Id", "Finding"), [(code(name), f"{text[0].upper()}{text[1:]}.") for name, text in FINDINGS.items()]),
+        "## Names and paths",
+        "A recipe given to a command is a path if it contains a slash or ends in `.toml`; otherwise it is the name of "
+        "a recipe that comes with sslkit (`sslkit recipes` lists them).",
+        "## Overrides",
+        "`--set KEY=VALUE` changes one key and may be repeated. The value is read as TOML; what is not TOML is a "
+        "string, so `--set target_updater.use=ema` needs no quotes.",
+        table(
+            ("Override", "What it does"),
+            [
+                ("`train.batch_size=64`", "Sets one option."),
+                ("`loss.form=simsiam`", "Sets one option to a string."),
+                ("`optimizer.lr.peak=0.5`", "Sets one option of the schedule that the recipe names."),
+                ("`optimizer.lr=0.05`", "Replaces the schedule by a number."),
+                ("`data_source.use=folder`", "Names another component and drops the other keys of the table."),
+                ("`observers.knn.every_epochs=5`", "Sets an option of one observer, by name."),
+            ],
+        ),
+        "A changed `use` is applied before the other overrides, whatever their order.",
+        "## The same recipe, spelt out",
+        "A run writes `recipe.lock.toml` into [its directory](run-directory.md): the recipe with every option spelt "
+        "out and overrides applied. It is a recipe like any other and trains to the same losses.",
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------- contracts
+
+LIVE = {
+    "data_source": ("ImageSet", "Images"),
+    "view_generator": ("ViewMaker",),
+    "backbone": ("BackboneModule",),
+    "head": ("HeadModule",),
+    "loss": ("LossModule",),
+    "target_updater": ("TargetModule",),
+    "optimizer": ("ParamGroup",),
+}
+"""The contracts of what each kind builds, beside its class."""
+SPECIAL = ("__call__", "__len__")
+
+
+def api_page() -> list[str]:
+    """Contracts of the kinds, for authors of components."""
+    parts = [
+        "# Contracts",
+        "All that an author imports is in `sslkit.api`, and for observers in `sslkit.events`. A component is a class "
+        "whose fields are the options a recipe may set, and whose `build` makes the live object; "
+        "[Write a loss](../how-to/write-a-loss.md) walks through one. `torch` is imported inside `build`, not at the "
+        "top of the module, so that looking around stays fast.",
+        "Shapes: B images of a batch, V views, C channels, d dimensions.",
+        f"The contracts have the number {api.API_VERSION} (`sslkit.api.API_VERSION`), which is raised when a plugin "
+        "written for the old one would no longer work.",
+    ]
+    for kind in registry.KINDS:
+        parts += _kind(kind)
+    parts += ["## What a component is told"]
+    for name in ("RunInfo", "DataInfo"):
+        parts += _described(contracts, name, 3)
+    parts += ["## What travels"]
+    for name in ("Batch", "ViewSpec", "Needs", "Branches", "LossTerms"):
+        parts += _described(batch, name, 3)
+    parts += [
+        "## Types of options",
+        paragraphs(_assigned_docs(_tree(api))["Scheduled"]) + " In `build`, `value_of(option, run)` makes it a "
+        "function of the step.",
+        f"`Incidental`: {paragraphs(api.Incidental.__doc__)}",
+        "## Optional hooks",
+        "Any module that a head, a backbone, a loss or a target updater builds may define these; the engine calls them "
+        "wherever they are, inner modules included. `step` is the number of updates completed before this one in "
+        "`after_backward` and in `after_step`.",
+        table(
+            ("Method", "When"),
+            [
+                ("`after_backward(step)`", "After the backward pass, before clipping: to freeze a layer, say."),
+                ("`after_step(step)`", "After the optimizer, the target and `commit`: to renormalise prototypes, say."),
+            ],
+        ),
+        "## Events",
+        "An observer builds an object whose methods are marked with `sslkit.events.observes` and named after an event. "
+        "A method takes any subset of the event's arguments. A name that is no event is refused when the run begins.",
+        *_members(events, "Hooks", 3),
+        "### Run",
+        "What an observer sees of the run.",
+        *_members(events, "Run", 4),
+    ]  # fmt: skip
+    return parts
+
+
+def _kind(kind: str) -> list[str]:
+    spec = api.KIND_CLASSES[kind].__name__
+    node = _class(api, spec)
+    build = next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "build")
+    parts = [f"## {kind}", f"Class `sslkit.api.{spec}`. {paragraphs(ast.get_docstring(node))}"]
+    parts += [code(_signature(build)), paragraphs(ast.get_docstring(build))]
+    if rows := option_rows(api.KIND_CLASSES[kind]):
+        parts += [f"Every {kind} has these options:", table(("Option", "Type", "Default", "Meaning"), rows)]
+    for name in LIVE.get(kind, ()):
+        parts += _described(contracts, name, 3)
+    return [part for part in parts if part]
+
+
+def _described(module: ModuleType, name: str, level: int) -> list[str]:
+    return [
+        f"{'#' * level} {name}",
+        paragraphs(ast.get_docstring(_class(module, name))),
+        *_members(module, name, level + 1),
+    ]
+
+
+def _members(module: ModuleType, name: str, level: int) -> list[str]:
+    """Attributes of a class as a table, and its methods one after another."""
+    node = _class(module, name)
+    rows, methods = [], []
+    documented = _assigned_docs(node)
+    for item in node.body:
+        if isinstance(item, ast.AnnAssign) and isinstance(item.target, ast.Name):
+            rows.append((item.target.id, ast.unparse(item.annotation), documented.get(item.target.id, "")))
+        elif isinstance(item, ast.FunctionDef) and _is_property(item):
+            rows.append((item.name, ast.unparse(item.returns) if item.returns else "", ast.get_docstring(item) or ""))
+        elif isinstance(item, ast.FunctionDef) and (item.name[0] != "_" or item.name in SPECIAL):
+            methods.append(f"- {code(_signature(item))}" + _indented(paragraphs(ast.get_docstring(item))))
+    parts = []
+    if rows:
+        parts.append(table(("Attribute", "Type", "Meaning"), [(code(n), code(t), one_line(d)) for n, t, d in rows]))
+    return [*parts, *(["\n".join(methods)] if methods else [])]
+
+
+def _indented(text: str) -> str:
+    return "".join(f"\n  {line}" if line else "\n" for line in ["", *text.splitlines()]) if text else ""
+
+
+def _is_property(item: ast.FunctionDef) -> bool:
+    return any(isinstance(d, ast.Name) and d.id == "property" for d in item.decorator_list)
+
+
+def _signature(function: ast.FunctionDef) -> str:
+    arguments = ast.unparse(function.args).removeprefix("self, ").removeprefix("self")
+    returns = f" -> {ast.unparse(function.returns)}" if function.returns else ""
+    return f"{function.name}({arguments}){returns}"
+
+
+def _tree(module: ModuleType) -> ast.Module:
+    return ast.parse(inspect.getsource(module))
+
+
+def _class(module: ModuleType, name: str) -> ast.ClassDef:
+    return next(n for n in _tree(module).body if isinstance(n, ast.ClassDef) and n.name == name)
+
+
+def _assigned_docs(node: ast.Module | ast.ClassDef) -> dict[str, str]:
+    """The string below each assignment, by the name that is assigned."""
+    found: dict[str, str] = {}
+    for item, following in zip(node.body, node.body[1:], strict=False):
+        if isinstance(item, ast.Assign | ast.AnnAssign) and isinstance(following, ast.Expr):
+            targets = item.targets if isinstance(item, ast.Assign) else [item.target]
+            if isinstance(following.value, ast.Constant):
+                found |= {t.id: str(following.value.value) for t in targets if isinstance(t, ast.Name)}
+    return found
+
+
+if __name__ == "__main__":
+    for page, text in pages().items():
+        (HERE / page).write_text(text, encoding="utf-8")
+        print(f"docs/{page}")

@@ -1,0 +1,482 @@
+"""The documentation is held true: what it shows is run, what it lists is compared with what is there.
+
+Conventions for README.md, CONTRIBUTING.md and docs/**/*.md. Every fenced block is one of these:
+
+- `sh`: one command a line. `sslkit` commands are run, `make` targets must exist, `python FILE` must be there.
+- `console`: commands after `$ `, each followed by its output, in which `...` stands for anything. Run and compared; the
+  output of a training, which is cut short here, only by the slow tests.
+- `python`: run, in one namespace for the page. `json`: parsed.
+- `toml`: a whole recipe, or some tables of one, which are laid over byol_cifar10; validated either way.
+- A block below `<!-- file: NAME -->` is written to that file instead. A `pyproject.toml` is "installed".
+- A block below `<!-- exits: 2 -->` has to end with that code.
+- A block below `<!-- not run: why -->` is left alone, and is listed in NOT_RUN.
+
+The blocks of a page share a working directory with a copy of `recipes/`. Commands that train are cut to a few steps on
+a few images; those that would build a large network are only read, except for one.
+"""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib.util
+import io
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import chain, pairwise
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tomli_w
+from click.testing import CliRunner
+from conftest import ROOT, TINY
+from PIL import Image
+
+from sslkit import registry
+from sslkit.cli import main
+from sslkit.doctor import FINDINGS
+from sslkit.recipe import parse_recipe, read_recipe
+
+DOCS = ROOT / "docs"
+GENERATED = {"cli.md", "components.md", "recipe.md", "api.md"}
+WRITTEN = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN]
+TRAINED_WITH_TIMM = "sslkit train byol_cifar10_cpu"
+"""The one command with a large network that is run, in docs/how-to/train-on-cifar10.md."""
+
+NOT_RUN = {
+    ("README.md", "                    +--> backbone --> projector --> predictor --+        online branch"),
+    ("README.md", "source .venv/bin/activate"),
+    ("README.md", "README.md"),
+    ("docs/explanation/design.md", "  indices = f(seed, step)                 data.py"),
+    ("docs/how-to/own-images.md", "photos/"),
+    ("docs/how-to/train-on-cifar10.md", "tensorboard --logdir runs"),
+    ("docs/how-to/write-a-loss.md", "pip install -e ."),
+    ("docs/tutorial/first-run.md", "source .venv/bin/activate"),
+}
+"""Page and first line of every block that is not run."""
+
+
+# ---------------------------------------------------------------- blocks
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its page, line, language, and the comment above it as name and value."""
+
+    page: Path
+    line: int
+    language: str
+    text: str
+    marker: tuple[str, str]
+
+    @property
+    def where(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page; those that are instructions to Sphinx (```{toctree}) are left out."""
+    found, marker, fence = [], ("", ""), None
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        if fence is None and (opened := re.match(r"(```+)(\S*)", line)):
+            fence, language, start, text = opened[1], opened[2], number, []
+        elif fence is not None and line.strip() == fence:
+            if not language.startswith("{"):
+                found.append(Block(page, start, language, "\n".join(text), marker))
+            fence, marker = None, ("", "")
+        elif fence is not None:
+            text.append(line)
+        elif comment := re.fullmatch(r"<!-- ([\w ]+): (.+) -->", line):
+            marker = (comment[1], comment[2])
+        elif line.strip():
+            marker = ("", "")
+    assert fence is None, f"{page}: a block is not closed"
+    return found
+
+
+ALL = [block for page in PAGES for block in blocks(page)]
+
+
+def test_what_is_not_run_is_listed() -> None:
+    found = {(str(b.page.relative_to(ROOT)), b.text.partition("\n")[0]) for b in ALL if b.marker[0] == "not run"}
+    assert found == NOT_RUN
+    for block in ALL:
+        assert block.marker[0] in ("", "not run", "file", "exits"), f"{block.where}: {block.marker[0]!r} means nothing"
+        if block.marker[0] == "not run":
+            assert block.language in ("sh", "text"), f"{block.where}: {block.language} can be run"
+            assert "sslkit " not in block.text or block.language == "text", f"{block.where}: sslkit can be run"
+
+
+def test_every_language_is_known() -> None:
+    for block in ALL:
+        known = block.language in ("sh", "console", "python", "json", "toml", "text")
+        assert known, f"{block.where}: {block.language!r} is not known here"
+        assert block.language != "text" or block.marker[0] == "not run", f"{block.where}: what is this held against?"
+
+
+# ---------------------------------------------------------------- running them
+
+
+class Session:
+    """The commands of one page, in one working directory."""
+
+    def __init__(self, folder: Path, *, whole: bool) -> None:
+        self.folder, self.whole = folder, whole
+        self.names: dict[str, Any] = {"__name__": "page"}
+        shutil.copytree(ROOT / "recipes", folder / "recipes")
+
+    def run(self, block: Block) -> None:
+        getattr(self, f"_{block.language}")(block)
+
+    def write(self, block: Block) -> None:
+        """The file that a block is; a package's metadata as pip would write it."""
+        path = self.folder / block.marker[1]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(block.text + "\n", encoding="utf-8")
+        if path.name == "pyproject.toml":
+            project = tomllib.loads(block.text)["project"]
+            name, version = project["name"], project["version"]
+            info = self.folder / f"{name.replace('-', '_')}-{version}.dist-info"
+            info.mkdir()
+            (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+            entries = project["entry-points"]["sslkit"].items()
+            (info / "entry_points.txt").write_text("[sslkit]\n" + "".join(f"{k} = {v}\n" for k, v in entries))
+            registry.clear()
+
+    def _sh(self, block: Block) -> None:
+        for line in block.text.splitlines():
+            self._command(line, block)
+
+    def _console(self, block: Block) -> None:
+        for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
+            line, _, wanted = part.partition("\n")
+            said = self._command(line, block)
+            cut_short = line.startswith("sslkit train") and block.marker[0] != "exits" and not self.whole
+            if not cut_short and not alike(wanted, said):
+                pytest.fail(f"{block.where}: {line}\n--- the page says\n{wanted}\n--- the command says\n{said}")
+
+    def _python(self, block: Block) -> None:
+        exec(compile("\n" * block.line + block.text, str(block.page), "exec"), self.names)
+
+    def _json(self, block: Block) -> None:
+        for line in block.text.splitlines():
+            json.loads(line)
+
+    def _toml(self, block: Block) -> None:
+        tables = tomllib.loads(block.text)
+        if not {"data_source", "train"} <= tables.keys():
+            tables = laid_over(read_recipe_tables("byol_cifar10"), tables)
+        parse_recipe(tomli_w.dumps(tables), block.where)
+
+    def _command(self, line: str, block: Block) -> str:
+        words = shlex.split(line, comments=True)
+        if not words or re.fullmatch(r"export SSLKIT_DATA=\S+", line):
+            return ""
+        if words[0] == "make":
+            assert words[1] in targets(), f"{block.where}: make has no target {words[1]!r}"
+            return ""
+        if words[0] == "python":
+            assert (ROOT / words[1]).is_file(), f"{block.where}: {words[1]} is not there"
+            return ""
+        assert words[0] == "sslkit", f"{block.where}: {words[0]} is not run here"
+        expected = int(block.marker[1]) if block.marker[0] == "exits" else 0
+        if words[1] == "train" and not expected:
+            recipe = read_recipe(words[2], settings(words))
+            if type(recipe.backbone).__name__ == "Timm" and line != TRAINED_WITH_TIMM:
+                return ""
+            words += [] if self.whole else small(type(recipe.data_source).__name__, words)
+        elif words[1] == "train":
+            words += small("Digits", words)
+        done = CliRunner().invoke(main, words[1:])
+        assert done.exit_code == expected, f"{block.where}: {line}\n{done.output}\n{done.exception!r}"
+        return done.output
+
+
+def alike(wanted: str, said: str) -> bool:
+    """Whether an output is what a page says, `...` standing for anything and all white space being alike."""
+    options = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    return doctest.OutputChecker().check_output(wanted.strip() + "\n", said.strip() + "\n", options)
+
+
+def settings(words: list[str]) -> list[str]:
+    """The values of `--set`."""
+    return [value for name, value in pairwise(words) if name == "--set"]
+
+
+def small(source: str, words: list[str]) -> list[str]:
+    """What makes a training command short: few images in small batches, and few steps."""
+    fewer = ["train.batch_size=16", "train.compile=false"]
+    fewer += ["data_source.prints=1", "data_source.test_prints=1"] if source == "Digits" else []
+    steps = [] if {"--steps", "--dry-run"} & set(words) else ["--steps", "2"]
+    return [*(word for value in fewer for word in ("--set", value)), *steps]
+
+
+def read_recipe_tables(name: str) -> dict[str, Any]:
+    return tomllib.loads((ROOT / "recipes" / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def laid_over(base: dict[str, Any], tables: dict[str, Any]) -> dict[str, Any]:
+    """Some tables of a recipe in the place of those of another; a table without `use` changes keys of the other's."""
+    merged = dict(base)
+    for name, table in tables.items():
+        replaces = not isinstance(table, dict) or "use" in table
+        merged[name] = table if replaces else {**base.get(name, {}), **table}
+    return merged
+
+
+def targets() -> set[str]:
+    """The targets of the Makefile that have a line in its help."""
+    text = (ROOT / "Makefile").read_text(encoding="utf-8")
+    described = set(re.findall(r'@echo "make (\w+) ', text))
+    defined = set(re.findall(r"^(\w+):", text, re.MULTILINE)) - {"help"}
+    assert described == defined
+    return defined
+
+
+def picture(random: np.random.Generator, side: int) -> bytes:
+    data = io.BytesIO()
+    Image.fromarray(random.integers(0, 255, (side, side, 3), dtype=np.uint8)).save(data, "PNG")
+    return data.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working directory with photos, a CIFAR-10 of 48 images elsewhere; packages in the directory can be imported."""
+    random = np.random.default_rng(0)
+    cifar10 = tmp_path / "data" / "cifar10"
+    cifar10.mkdir(parents=True)
+    for name, count in (("train", 32), ("test", 16)):
+        images = [{"bytes": picture(random, 32), "path": None} for _ in range(count)]
+        pq.write_table(pa.table({"img": images, "label": [i % 10 for i in range(count)]}), cifar10 / f"{name}.parquet")
+    monkeypatch.setenv("SSLKIT_DATA", str(tmp_path / "data"))
+    for kind in ("train/cat", "train/dog", "test/cat", "test/dog"):
+        photos = tmp_path / "page" / "photos" / kind
+        photos.mkdir(parents=True)
+        for number in range(96 if kind.startswith("train") else 8):
+            (photos / f"{number}.png").write_bytes(picture(random, 8))
+    monkeypatch.chdir(tmp_path / "page")
+    monkeypatch.syspath_prepend(str(tmp_path / "page"))
+    before = set(sys.modules)
+    yield tmp_path / "page"
+    registry.clear()
+    for name in set(sys.modules) - before:
+        if name.startswith("sslkit_align"):
+            del sys.modules[name]
+
+
+def run_page(page: Path, session: Session) -> None:
+    for block in blocks(page):
+        if block.marker[0] == "file":
+            session.write(block)
+        elif block.marker[0] != "not run":
+            session.run(block)
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
+def test_what_a_page_shows_runs(page: Path, folder: Path) -> None:
+    run_page(page, Session(folder, whole=False))
+
+
+@pytest.mark.slow
+def test_the_tutorial_says_what_its_trainings_say(folder: Path) -> None:
+    run_page(DOCS / "tutorial" / "first-run.md", Session(folder, whole=True))
+
+
+# ---------------------------------------------------------------- the README
+
+
+def test_the_readmes_recipe_is_the_file() -> None:
+    recipe = (ROOT / "recipes" / "byol_cifar10.toml").read_text(encoding="utf-8")
+    assert f"```toml\n{recipe}```" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+IGNORED = {"__pycache__", "build", "dist", "runs", "py.typed"}
+
+
+def entries(folder: Path) -> set[str]:
+    """What a folder holds that belongs to the project: folders with a slash, and no empty ones."""
+    kept = set()
+    for path in folder.iterdir():
+        ours = not path.name.startswith(".") and path.name not in IGNORED and path.suffix != ".egg-info"
+        if ours and (path.is_file() or any(below.is_file() for below in path.rglob("*"))):
+            kept.add(path.name + "/" * path.is_dir())
+    return kept
+
+
+def readmes_tree() -> dict[str, list[str]]:
+    """Entries of each folder in the README's tree, in its order."""
+    tree: dict[str, list[str]] = {"": []}
+    block = next(b for b in ALL if b.page.name == "README.md" and b.text.startswith("README.md\n"))
+    inside = ""
+    for line in block.text.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            tree[""].append(name)
+            inside = name
+        else:
+            tree.setdefault(inside, []).append(name)
+    return tree
+
+
+def test_the_readmes_tree_is_true() -> None:
+    tree = readmes_tree()
+    assert set(tree[""]) == entries(ROOT)
+    assert set(tree["sslkit/"]) == entries(ROOT / "sslkit")
+    assert set(tree["plugins/"]) == entries(ROOT / "plugins")
+    block = next(b for b in ALL if b.page.name == "README.md" and b.text.startswith("README.md\n"))
+    named = {
+        f"{kind}.{name}"
+        for line in block.text.splitlines()
+        if line.startswith("    sslkit_")
+        for kind, rest in [line.split()[1].partition(".")[::2]]
+        for name in [rest.rstrip(","), *(w.strip(".,") for w in line.split()[2:])]
+    }
+    assert named == {p.key for p in registry.providers() if p.distribution == "sslkit"}
+
+
+def test_the_readmes_tree_lists_a_module_above_those_it_imports() -> None:
+    order = [name.removesuffix(".py") for name in readmes_tree()["sslkit/"]]
+    for number, module in enumerate(order):
+        for node in ast.walk(ast.parse((ROOT / "sslkit" / f"{module}.py").read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ImportFrom) and node.module:
+                head, _, tail = node.module.partition(".")
+                imported = {tail} if tail else {alias.name for alias in node.names}
+                if head == "sslkit":
+                    assert not imported & set(order[:number]), f"{module} imports {imported}, which are above it"
+
+
+# ---------------------------------------------------------------- links and lists
+
+
+def prose(page: Path) -> str:
+    """A page without its blocks."""
+    return re.sub(r"^```.*?^```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as code hosts and MyST make them."""
+    headings = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if link.startswith("https://"):
+            continue
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_every_page_is_in_the_table_of_contents_and_in_the_readme() -> None:
+    pages = {str(page.relative_to(DOCS).with_suffix("")) for page in WRITTEN} - {"index"}
+    contents = (DOCS / "index.md").read_text(encoding="utf-8")
+    assert pages == set(re.findall(r"^([\w-]+/[\w-]+)$", contents, re.MULTILINE))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert all(f"](docs/{page}.md)" in readme for page in pages)
+
+
+def test_every_command_is_shown_somewhere() -> None:
+    shown = "\n".join(b.text for b in ALL if b.language in ("sh", "console"))
+    for command in main.commands:
+        assert re.search(rf"^(\$ )?sslkit {command}\b", shown, re.MULTILINE), command
+
+
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("generate", DOCS / "generate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_pages_say_what_the_code_says() -> None:
+    made = generator().pages()
+    assert {Path(page).name for page in made} == GENERATED
+    for page, text in made.items():
+        stale = (DOCS / page).read_text(encoding="utf-8") != text
+        assert not stale, f"docs/{page} is stale: run python docs/generate.py"
+
+
+def listed(page: str, heading: str = "") -> set[str]:
+    """Names in code spans that begin the rows of a page's tables, under one heading or all."""
+    text = (DOCS / page).read_text(encoding="utf-8")
+    if heading:
+        text = text.partition(f"\n## {heading}\n")[2].partition("\n## ")[0]
+    cells = re.findall(r"^\| (`.+?) \|", text, re.MULTILINE)
+    return {name for cell in cells for name in re.findall(r"`([^`]+)`", cell)}
+
+
+def test_dependencies_are_those_of_the_package() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = project["optional-dependencies"]
+    needed = chain(project["dependencies"], *extras.values())
+    assert listed("explanation/dependencies.md") == {re.split(r"[<>=]", requirement)[0] for requirement in needed}
+    headings = (DOCS / "explanation" / "dependencies.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^## .*: `(\w+)`$", headings, re.MULTILINE)) == set(extras)
+
+
+# ---------------------------------------------------------------- what a run writes
+
+
+@pytest.fixture(scope="module")
+def a_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of the tiny recipe, with a rate of its own for the predictor."""
+    place = tmp_path_factory.mktemp("run")
+    (place / "tiny.toml").write_text(TINY, encoding="utf-8")
+    words = ["train", str(place / "tiny.toml"), "--set", "optimizer.groups.predictor.lr=0.05", "--run-dir"]
+    done = CliRunner().invoke(main, [*words, str(place / "run")])
+    assert done.exit_code == 0, done.output
+    return place / "run"
+
+
+def test_every_metric_is_documented_and_every_documented_one_is_written(a_run: Path) -> None:
+    records = [json.loads(line) for line in (a_run / "metrics.jsonl").read_text().splitlines()]
+    written = {re.sub(r"^lr_(projector|predictor|loss)$", "lr_PART", key) for record in records for key in record}
+    heads = {key for page in ["In every record", "Of the loop", "Of the rank", "Of kNN"]
+             for key in listed("reference/metrics.md", page)}  # fmt: skip
+    assert heads == written
+
+
+def test_every_file_of_a_run_is_documented(a_run: Path) -> None:
+    page = (DOCS / "reference" / "run-directory.md").read_text(encoding="utf-8")
+    top = {f"{p.name}{'/' * p.is_dir()}" for p in a_run.iterdir()}
+    assert set(re.findall(r"^\| `([^`]+)` \|", page.partition("\n## ")[0], re.MULTILINE)) == top
+    checkpoint = {p.name for p in (a_run / "checkpoints" / "step-000000020").iterdir()}
+    assert listed("reference/run-directory.md", "Checkpoints") == checkpoint
+    environment = json.loads((a_run / "env.json").read_text())
+    assert listed("reference/run-directory.md", "env.json") == set(environment)
+    status = json.loads((a_run / "status.json").read_text())
+    example = next(b for b in ALL if b.language == "json" and b.page.name == "run-directory.md")
+    assert set(json.loads(example.text)) == set(status)
+
+
+def test_every_finding_is_documented() -> None:
+    assert set(FINDINGS) <= listed("reference/recipe.md", "train")
+
+
+# ---------------------------------------------------------------- the site
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("sphinx")
+    command = [sys.executable, "-m", "sphinx", "-W", "--keep-going", "-q", "-b", "html", str(DOCS), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
