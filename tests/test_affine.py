@@ -136,7 +136,9 @@ def test_every_option_acts_alone(name: str) -> None:
 
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 6), side=st.integers(1, 20), channels=st.integers(1, 4), seed=st.integers(0, 10**6))
-def test_views_of_any_size_are_finite_and_geometry_stays_within_0_and_1(n: int, side: int, channels: int, seed: int) -> None:
+def test_views_of_any_size_are_finite_and_geometry_stays_within_0_and_1(
+    n: int, side: int, channels: int, seed: int
+) -> None:
     options = Affine(light=0.99, contrast=0.99, offset=1.0)
     for view in views_of(options, pictures(n, side, channels, seed), run_info(side, channels), seed)[0]:
         assert view.shape == (n, channels, side, side)

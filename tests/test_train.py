@@ -287,3 +287,19 @@ def test_draws_are_keyed_by_seed_and_step(trainer: Callable[..., Trainer]) -> No
     epoch = torch.cat([t.feed.indices(s) for s in range(10)])
     assert len(epoch.unique()) == len(epoch), "no image twice in an epoch"
     assert randomness.key(0, "views", 1) != randomness.key(0, "order", 1)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of torch's compiler, about itself
+def test_compiled_is_eager(trainer: Callable[..., Trainer]) -> None:
+    for forward in ("separate", "together"):
+        eager = trainer(f"train.forward={forward}", folder=f"eager_{forward}")
+        compiled = trainer(f"train.forward={forward}", "train.compile=true", folder=f"compiled_{forward}")
+        assert steps(compiled, 5) == pytest.approx(steps(eager, 5), rel=1e-4)
+    first = trainer("train.compile=true", folder="parts")
+    first.fit(4)
+    on = trainer("train.compile=true", folder="parts", resume=True)
+    whole = trainer("train.compile=true", folder="whole")
+    on.fit(8)
+    whole.fit(8)
+    assert records(on) == records(whole)

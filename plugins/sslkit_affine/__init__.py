@@ -21,8 +21,8 @@ class Affine(ViewGenerator):
 
     For pictures too small or too plain to be cropped, such as digits. Each amount is drawn uniformly, for every image
     and view anew. Geometry comes first (bilinear; beyond its edge a picture goes on as its edge), then light,
-    grayscale, contrast and offset. Values may leave 0..1 on the way to being normalised: clipping them would take shapes
-    away along with the light.
+    grayscale, contrast and offset. Values may leave 0..1 on the way to being normalised: clipping them would take
+    shapes away along with the light.
 
     Geometry alone (`appearance = false`) is a lesson in shortcuts: colour and light tell which image a view is of, so
     the loss falls and nothing about shapes is learned.
