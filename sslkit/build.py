@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
@@ -23,6 +26,7 @@ from sslkit.api import (
     ViewMaker,
     value_of,
 )
+from sslkit.batch import Needs
 from sslkit.data import cache_folder, channel_statistics
 from sslkit.errors import RunFailed, SslkitError, UserError
 from sslkit.recipe import Recipe
@@ -125,6 +129,8 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> P
     Raises:
         UserError: parts that do not fit together, or a part's own objection.
     """
+    if device.type == "cuda" and recipe.train.precision == "fp32":
+        torch.backends.cudnn.allow_tf32 = False  # fp32 means float32: TF32 keeps 10 bits of the fraction
     data = open_data(recipe, say)
     run = describe_run(recipe, data, device)
     views = _made(recipe.view_generator, lambda: recipe.view_generator.build(run))
@@ -144,14 +150,12 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> P
     with randomness.seeded(run.seed, "loss"):
         loss = _made(recipe.loss, lambda: recipe.loss.build(dim, run))
 
-    _check_fit(recipe, cast(LossModule, loss), cast(TargetModule, updater), run)
-    model = Siamese(
-        Encoder(backbone, projector),
-        predictor,
-        cast(TargetModule, updater),
-        run.views,
-        cast(LossModule, loss).needs(run.views),
-        recipe.train.forward,
+    needs = _made(recipe.loss, lambda: cast(LossModule, loss).needs(run.views))
+    _check_fit(recipe, needs, cast(LossModule, loss), cast(TargetModule, updater), predictor, run)
+    encoder, forward = Encoder(backbone, projector), recipe.train.forward
+    model = _made(
+        recipe.target_updater,
+        lambda: Siamese(encoder, predictor, cast(TargetModule, updater), run.views, needs, forward),
     )
     model.to(device)
     loss.to(device)
@@ -161,14 +165,14 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> P
 
     groups = parameter_groups(recipe, model, loss)
     optimizer = _made(recipe.optimizer, lambda: recipe.optimizer.build(groups, run))
+    values = _made(recipe.optimizer, lambda: group_values(recipe, groups, run))
     observers: dict[str, object] = {}
     for observer in recipe.observers:
         if observer.enabled:
             name = _free(registry.name_of(type(observer)), observers)
             observers[name] = _made(observer, lambda observer=observer: observer.build(run))  # type: ignore[misc]
     return Parts(
-        recipe, run, device, data, views, model, loss, updater, groups, optimizer, group_values(recipe, groups, run),
-        observers,
+        recipe, run, device, data, views, model, loss, updater, groups, optimizer, values, observers,
     )  # fmt: skip
 
 
@@ -198,7 +202,7 @@ def group_values(recipe: Recipe, groups: list[ParamGroup], run: RunInfo) -> list
     """The learning rate and weight decay of each group, scaled by the batch size where the recipe says so."""
     spec = recipe.optimizer
     scale = run.batch_size / spec.lr_reference_batch if spec.lr_reference_batch else 1.0
-    values = []
+    values: list[GroupValues] = []
     for group in groups:
         own = spec.groups.get(cast(Any, group.part))
         lr = value_of(own.lr if own and own.lr is not None else spec.lr, run)
@@ -220,12 +224,19 @@ def resolve_compile(recipe: Recipe, run_pixels: float, device: str) -> Recipe:
     """
     if recipe.train.compile != "auto":
         return recipe
-    pays = device == "cuda" and run_pixels >= COMPILE_PIXELS
+    pays = device == "cuda" and run_pixels >= COMPILE_PIXELS and _can_compile()
     return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": pays})})
 
 
-def _check_fit(recipe: Recipe, loss: LossModule, updater: TargetModule, run: RunInfo) -> None:
-    needs = loss.needs(run.views)
+def _can_compile() -> bool:
+    """What torch.compile needs on a GPU: Triton, and a C compiler for its launchers."""
+    compilers = (os.environ.get("CC"), "cc", "gcc", "clang")
+    return find_spec("triton") is not None and any(shutil.which(name) for name in compilers if name)
+
+
+def _check_fit(
+    recipe: Recipe, needs: Needs, loss: LossModule, updater: TargetModule, predictor: nn.Module | None, run: RunInfo
+) -> None:
     loss_name = registry.name_of(type(recipe.loss))
     if needs.predictions and recipe.predictor is None:
         raise UserError(
@@ -237,6 +248,10 @@ def _check_fit(recipe: Recipe, loss: LossModule, updater: TargetModule, run: Run
             f"loss {loss_name!r} needs a target branch, but target_updater "
             f"{registry.name_of(type(recipe.target_updater))!r} makes none; use 'ema' or 'stop_gradient'"
         )
+    if predictor is not None and not needs.predictions and any(True for _ in predictor.parameters()):
+        raise UserError(f"loss {loss_name!r} uses no predictions, so the [predictor] would never be trained; remove it")
+    if updater.source != "none" and not needs.targets:
+        raise UserError(f"loss {loss_name!r} uses no target branch; set target_updater.use = 'none'")
     wanted = {*needs.projections, *needs.predictions, *needs.targets}
     if wanted - set(range(len(run.views))):
         raise UserError(f"loss {loss_name!r} needs views {sorted(wanted)}, but there are only {len(run.views)}")

@@ -20,7 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sslkit.errors import RunFailed, SslkitError
+from sslkit.errors import RunFailed, SslkitError, UserError
 
 SCHEMA = 1
 _STEP = re.compile(r"^step-(\d{9,})$")
@@ -82,7 +82,8 @@ def load(path: Path) -> Checkpoint:
     """Read one checkpoint after checking every file against its manifest.
 
     Raises:
-        RunFailed: something is missing, changed, or of another format.
+        RunFailed: something is missing or changed.
+        UserError: it is sound, but of another format or not ours to read.
     """
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
@@ -91,11 +92,16 @@ def load(path: Path) -> Checkpoint:
                 raise RunFailed(f"{path}: {name} is not what the manifest says; the file was changed or damaged")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["schema"] != SCHEMA:
-            raise RunFailed(f"{path}: checkpoint format {state['schema']}; this version of sslkit reads {SCHEMA}")
+            raise UserError(
+                f"{path}: has checkpoint format {state['schema']}, and this version of sslkit reads {SCHEMA}; go on "
+                "with the version that wrote it"
+            )
         parts = {name: _join(tree, load_file(path / f"{name}.safetensors")) for name, tree in state["parts"].items()}
         return Checkpoint(path, int(state["step"]), parts, state["facts"])
     except SslkitError:
         raise
+    except PermissionError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except Exception as error:
         raise RunFailed(f"{path}: not a valid checkpoint: {type(error).__name__}: {error}") from error
 

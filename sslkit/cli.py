@@ -27,9 +27,26 @@ class Group(click.Group):
                 "interrupted; what was saved before is untouched, and the same command goes on from it", err=True
             )
             ctx.exit(130)
+        except click.exceptions.Exit:
+            raise
+        except click.ClickException:
+            raise
         except BrokenPipeError:
             sys.stderr.close()  # the reader went away, as `| head` does
             ctx.exit(0)
+        except Exception as error:
+            click.echo(_unexpected(error), err=True)
+            ctx.exit(1)
+
+
+def _unexpected(error: Exception) -> str:
+    import tempfile
+    import traceback
+
+    with tempfile.NamedTemporaryFile("w", prefix="sslkit-", suffix=".txt", delete=False, encoding="utf-8") as file:
+        file.write(traceback.format_exc())
+    first = str(error).strip().partition("\n")[0]
+    return f"{type(error).__name__}: {first} (unexpected; the traceback is in {file.name})"
 
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})

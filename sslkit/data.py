@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,18 +86,22 @@ class Feed:
             return values
         return values.pin_memory().to(self.device, non_blocking=True)
 
-    def steps(self, start: int, stop: int) -> Iterator[Draw]:
+    def steps(self, start: int, stop: int) -> Generator[Draw, None, None]:
         """The draws of steps start .. stop - 1, counting in `waited` what the caller waits for."""
-        source = self._ahead(start, stop) if self.resident is None else map(self.draw, range(start, stop))
-        while True:
-            before = time.perf_counter()
-            draw = next(source, None)
-            self.waited += time.perf_counter() - before
-            if draw is None:
-                return
-            yield draw
+        draws = self._ahead(start, stop) if self.resident is None else self._here(start, stop)
+        with contextlib.closing(draws) as source:
+            while True:
+                before = time.perf_counter()
+                draw = next(source, None)
+                self.waited += time.perf_counter() - before
+                if draw is None:
+                    return
+                yield draw
 
-    def _ahead(self, start: int, stop: int) -> Iterator[Draw]:
+    def _here(self, start: int, stop: int) -> Generator[Draw, None, None]:
+        yield from map(self.draw, range(start, stop))
+
+    def _ahead(self, start: int, stop: int) -> Generator[Draw, None, None]:
         ready: queue.Queue[Draw | BaseException | None] = queue.Queue(maxsize=2)
         ended = threading.Event()
 

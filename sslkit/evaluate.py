@@ -36,22 +36,16 @@ def features(
     device: torch.device,
     *,
     bf16: bool = False,
-    interrupted: Callable[[], bool] = lambda: False,
+    channels_last: bool = True,
 ) -> Tensor:
-    """float32 `[n, feature_dim]` on the device: `network(prepare(images[indices]))` in eval mode.
-
-    Args:
-        interrupted: asked between chunks; when it says true, what is done so far is returned.
-    """
+    """float32 `[n, feature_dim]` on the device: `network(prepare(images[indices]))` in eval mode."""
     found = []
     with in_eval_mode(network), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for part in indices.split(CHUNK):
             pictures = prepare(images.read(part).to(device))
-            if pictures.shape[1] > 1:
+            if channels_last:
                 pictures = pictures.contiguous(memory_format=torch.channels_last)
             found.append(network(pictures).float())
-            if interrupted():
-                break
     return torch.cat(found)
 
 

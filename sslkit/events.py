@@ -36,11 +36,6 @@ class Run(Protocol):
         """Completed optimizer updates."""
         ...
 
-    @property
-    def interrupted(self) -> bool:
-        """True once a signal asked the run to end: leave long work at the next chance."""
-        ...
-
     def features(self, split: str, indices: Tensor) -> Tensor:
         """float32 `[n, feature_dim]`: backbone features of clean `"train"` or `"test"` images in eval mode.
 

@@ -20,7 +20,7 @@ from rich.console import Console
 from sslkit import checkpoint, doctor, registry
 from sslkit.build import Parts, build, choose_device, resolve_compile
 from sslkit.errors import RunFailed, SslkitError, UserError
-from sslkit.progress import Display
+from sslkit.progress import Display, PatientConsole
 from sslkit.recipe import Recipe, differences, parse_recipe, place, read_recipe
 from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment, read_metrics
 from sslkit.train import Trainer
@@ -77,7 +77,7 @@ def train(
         UserError: the recipe, the options or the machine do not allow it.
         RunFailed: the run began and could not go on.
     """
-    console = console or Console(stderr=False)
+    console = console or PatientConsole()
     recipe = read_recipe(source, overrides)
     doctor.check_accepted(recipe.train.accept)
     where = choose_device(device)
@@ -90,19 +90,22 @@ def train(
                 console.print(f"{path}: this run is finished", highlight=False)
                 _summarise(files, console)
                 return 0
-        return _train(recipe, source, files, where, steps, console)
+        with _reported(files, recipe):
+            parts = build(recipe, where, lambda text: _say(console, text))
+            refuse_findings(parts, source, overrides)
+            return _train(parts, files, steps, console)
 
 
-def _train(
-    recipe: Recipe, source: str, files: RunDirectory, device: torch.device, steps: int | None, console: Console
-) -> int:
+def _say(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _train(parts: Parts, files: RunDirectory, steps: int | None, console: Console) -> int:
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        _say(console, text)
 
-    signals = StopSignals()
-    parts = build(recipe, device, say)
-    recipe = parts.recipe = resolve_compile(recipe, view_pixels(parts), device.type)
-    refuse_findings(parts, source)
+    signals, device = StopSignals(), parts.device
+    recipe = parts.recipe = resolve_compile(parts.recipe, view_pixels(parts), device.type)
     found = _newest_checkpoint(files, parts, say)
     files.write("recipe.lock.toml", LOCK_HEADER + recipe.to_toml())
     files.write("env.json", json.dumps(
@@ -119,7 +122,8 @@ def _train(
         say(f"going on from step {found.step} ({found.path})")
     _announce(trainer, say)
     stop = min(steps or parts.run.total_steps, parts.run.total_steps)
-    if trainer.step >= stop:
+    # At the very end there is nothing to train, but a run that died there still has to be called done.
+    if stop <= trainer.step < parts.run.total_steps:
         say(f"{files.path} is at step {trainer.step} already; a larger --steps goes on")
         return 0
     return _fit(trainer, display, signals, stop, console)
@@ -136,16 +140,6 @@ def _fit(trainer: Trainer, display: Display, signals: StopSignals, stop: int, co
         status = "done" if trainer.step == trainer.info.total_steps else "stopped"
         if signals.received is not None and trainer.step < stop:
             status = "interrupted" if signals.received == signal.SIGINT else "preempted"
-    except torch.OutOfMemoryError as error:
-        raise RunFailed(_memory_advice(trainer, error)) from error
-    except SslkitError:
-        raise
-    except Exception as error:
-        files.write("traceback.txt", traceback.format_exc())
-        raise RunFailed(
-            f"{_culprit(error)} failed at step {trainer.step + 1}: {type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0]} (the traceback is in {files.path / 'traceback.txt'})"
-        ) from error
     except KeyboardInterrupt:
         status = "interrupted"  # a second Ctrl-C: the newest checkpoint is the earlier one
         raise
@@ -163,6 +157,27 @@ def _fit(trainer: Trainer, display: Display, signals: StopSignals, stop: int, co
     return INTERRUPTED if status == "interrupted" else 0
 
 
+@contextmanager
+def _reported(files: RunDirectory, recipe: Recipe) -> Iterator[None]:
+    """Turn whatever goes wrong inside into lines; a traceback that may be wanted goes to a file."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise RunFailed(_memory_advice(recipe, error)) from error
+    except SslkitError as error:
+        if error.__cause__ is not None and not isinstance(error, UserError):
+            files.write("traceback.txt", traceback.format_exc())
+            *before, last = error.lines
+            raise type(error)(*before, f"{last} (the traceback is in {files.path / 'traceback.txt'})") from error
+        raise
+    except Exception as error:
+        files.write("traceback.txt", traceback.format_exc())
+        raise RunFailed(
+            f"{_culprit(error)} failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]} "
+            f"(the traceback is in {files.path / 'traceback.txt'})"
+        ) from error
+
+
 def _end(trainer: Trainer, status: str) -> None:
     """Tell the observers, whose own trouble must not hide why a run failed."""
     try:
@@ -172,14 +187,14 @@ def _end(trainer: Trainer, status: str) -> None:
             raise
 
 
-def refuse_findings(parts: Parts, source: str) -> None:
+def refuse_findings(parts: Parts, source: str, overrides: Sequence[str]) -> None:
     """Stop before training on anything known to fail that the recipe does not accept by id.
 
     Raises:
         UserError: one line for each such finding.
     """
     found = doctor.tau_findings(parts.target.tau, parts.run.total_steps)
-    where = place(source, "target_updater", "tau")
+    where = place(source, overrides, "target_updater", "tau")
     lines = [
         f"{where}: target_updater.tau: {f.text} (to train all the same: train.accept = [{f.id!r}])"
         for f in found
@@ -240,7 +255,7 @@ def _compare(recipe: Recipe, earlier: Recipe, path: Path, arguments: Sequence[st
     if changed := differences(earlier, recipe):
         raise UserError(
             f"{path}: holds a run of another recipe; to train the changed one: "
-            f"sslkit train {shlex.join(arguments)} --run-dir {path}-2",
+            f"sslkit train {shlex.join(arguments)} --run-dir {shlex.quote(str(path) + '-2')}",
             *(f"  {line}" for line in changed),
         )
     return recipe
@@ -253,6 +268,11 @@ def _finished(files: RunDirectory) -> bool:
 def _newest_checkpoint(files: RunDirectory, parts: Parts, say: Any) -> checkpoint.Checkpoint | None:
     checkpoint.clean(files.checkpoints)
     found, problems = checkpoint.newest(files.checkpoints)
+    if found is None and (problems or any(files.checkpoints.glob("damaged-*"))):
+        raise UserError(
+            *problems,
+            f"{files.path}: no checkpoint can be read; put a sound one back, or begin anew with another --run-dir",
+        )
     for problem in problems:
         say(problem)
     if found and found.facts["data_fingerprint"] != parts.data.fingerprint:
@@ -284,10 +304,14 @@ def _summarise(files: RunDirectory, console: Console) -> None:
     measured = [r for r in records if r.get("knn_top1") is not None]
     if measured:
         first, last = measured[0], measured[-1]
-        protocol = f"k {last['knn_k']:.0f}, T {last['knn_temperature']:g}, bank {last['knn_bank']:.0f}"
+        protocol = (
+            f"k {last['knn_k']:.0f}, T {last['knn_temperature']:g}, bank {last['knn_bank']:.0f}, "
+            f"{last['knn_queries']:.0f} queries"
+        )
+        what = "random network (step 0)" if first["step"] == 0 else f"at step {first['step']}"
         console.print(
-            f"kNN top-1 ({protocol}): {first['knn_top1']:.4f} random network (step {first['step']}) -> "
-            f"{last['knn_top1']:.4f} after {last['step']} steps",
+            f"kNN top-1 ({protocol}): {first['knn_top1']:.4f} {what} -> {last['knn_top1']:.4f} after {last['step']} "
+            "steps",
             highlight=False,
             soft_wrap=True,
         )
@@ -311,10 +335,10 @@ def _device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({torch.get_num_threads()} threads)"
 
 
-def _memory_advice(trainer: Trainer, error: Exception) -> str:
-    train = trainer.recipe.train
+def _memory_advice(recipe: Recipe, error: Exception) -> str:
+    train = recipe.train
     return (
-        f"out of memory at step {trainer.step + 1} with train.batch_size = {train.batch_size}, accumulate = "
+        f"out of memory with train.batch_size = {train.batch_size}, accumulate = "
         f"{train.accumulate}, precision = {train.precision!r}: {str(error).partition('. ')[0]}. Make the batch "
         "smaller, or train.accumulate larger"
     )

@@ -42,7 +42,7 @@ def show_plan(source: str, overrides: Sequence[str], *, device: str) -> None:
     recipe = read_recipe(source, overrides)
     doctor.check_accepted(recipe.train.accept)
     parts = build(recipe, choose_device(device), lambda text: console.print(text, soft_wrap=True))
-    refuse_findings(parts, source)
+    refuse_findings(parts, source, overrides)
     run = parts.run
     parts.recipe = resolve_compile(recipe, view_pixels(parts), run.device)
     console.print(parts.recipe.to_toml(), markup=False, soft_wrap=True)

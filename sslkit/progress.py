@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +15,14 @@ from sslkit.events import Run, observes
 
 QUIET_SECONDS = 10.0
 """Without a terminal, records are printed no more often than this; measurements of quality always are."""
+
+
+class PatientConsole(Console):
+    """A console whose reader may go away, as `| head` does, without ending the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Display:

@@ -199,10 +199,13 @@ def locate(recipe: str) -> Path:
     return known[recipe]
 
 
-def place(source: str, *keys: str) -> str:
-    """`recipe.toml:7` for the nearest key at or above the given ones."""
+def place(source: str, overrides: Sequence[str], *keys: str) -> str:
+    """`recipe.toml:7`, or the override, for the nearest key at or above the given ones."""
     path = locate(source)
-    return Origin(str(path), lines_of(path.read_text(encoding="utf-8"))).of(keys)
+    text = path.read_text(encoding="utf-8")
+    origin = Origin(str(path), lines_of(text))
+    _override(tomllib.loads(text), overrides, origin)
+    return origin.of(keys)
 
 
 @dataclass
@@ -296,7 +299,9 @@ def _set(tables: dict[str, Any], keys: tuple[str, ...], value: object, override:
     if rest[0] == "observers" and len(rest) > 1:
         observers = tables.setdefault("observers", [])
         name = rest[1]
-        at = next((i for i, o in enumerate(observers) if o.get("use") == name), len(observers))
+        if not isinstance(observers, list):
+            return  # a mistake in the file, which validation tells
+        at = next((i for i, o in enumerate(observers) if isinstance(o, dict) and o.get("use") == name), len(observers))
         if at == len(observers):
             observers.append({"use": name})
             origin.overridden["observers", at] = override

@@ -101,7 +101,7 @@ class RunDirectory:
         """Open `metrics.jsonl` for appending, after cutting it to the offset that a checkpoint remembers."""
         path = self.path / "metrics.jsonl"
         try:
-            self._metrics = path.open("ab")
+            self._metrics = path.open("ab", buffering=0)  # a record is one write
             self.cut_metrics(offset)
         except OSError as error:
             raise RunFailed(f"{path}: cannot be written: {error.strerror or error}") from error
@@ -116,7 +116,6 @@ class RunDirectory:
         """Append one line, in one write."""
         try:
             self._metrics.write((json.dumps(values) + "\n").encode())
-            self._metrics.flush()
         except OSError as error:
             raise RunFailed(f"{self.path / 'metrics.jsonl'}: cannot be written: {error.strerror or error}") from error
 
@@ -127,14 +126,15 @@ class RunDirectory:
 
     def sync_metrics(self) -> None:
         """Make the records survive a power cut, before a checkpoint refers to them."""
-        self._metrics.flush()
         os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
         """Let go of the directory."""
-        if self._metrics is not None:
-            self._metrics.close()
-        self._lock.release()
+        try:
+            if self._metrics is not None:
+                self._metrics.close()
+        finally:
+            self._lock.release()
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

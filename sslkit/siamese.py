@@ -63,7 +63,8 @@ class Siamese(nn.Module):
             targets = [
                 p.detach() if p is not None and view in needs.targets else None for view, p in enumerate(projections)
             ]
-        return Branches(self.specs, embeddings, projections, predictions, targets)
+        # Whatever the networks computed in, losses are computed in float32.
+        return Branches(self.specs, _float(embeddings), _float(projections), _float(predictions), _float(targets))
 
     def _each(self, network: Callable[..., Any], inputs: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Any]:
         """`network` of the wanted inputs: one by one, or all of one shape in one call."""
@@ -85,3 +86,7 @@ class Siamese(nn.Module):
             for number, part in zip(numbers, parts, strict=True):
                 outputs[number] = part
         return outputs
+
+
+def _float(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]

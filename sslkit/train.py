@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -38,20 +39,25 @@ class Trainer:
         self.bus = Bus(parts.observers)
         self.feed = Feed(parts.data.train, parts.views, parts.run, self.device)
         self.step = 0
-        self.knn_top1: float | None = None
-        """The newest kNN accuracy, by which checkpoints are kept."""
+        self.knn: tuple[int, float] | None = None
+        """Step and value of the newest kNN accuracy."""
+        self.best_knn: float | None = None
         self.trained = [p for group in parts.groups for p in group.parameters]
+        # Not the target's copies: they have no gradients, and only the updater moves them.
+        tops = (self.model.online, self.model.predictor, self.loss, parts.updater)
         self.hooked = [
             m
-            for top in (self.model, self.loss, parts.updater)
+            for top in tops
+            if top is not None
             for m in top.modules()
             if hasattr(m, "after_backward") or hasattr(m, "after_step")
         ]
+        self.masks_on_device = self.device.type != "cpu"
+        """Leave steps that are not finite out by arithmetic: asking would make the host wait for the device."""
         self.bad_step = torch.full((), -1, device=self.device)
         """The first step whose loss or gradient was not finite, on the device; -1 while there is none."""
         self.terms = LossTerms(torch.zeros((), device=self.device))
         self.gradient_norm = torch.zeros((), device=self.device)
-        self._epoch_pending = False
         self._clock = (time.perf_counter(), 0, 0.0)
         if self.recipe.train.compile:
             self._compile()
@@ -116,7 +122,7 @@ class Trainer:
             torch.nn.utils.clip_grads_with_norm_(
                 self.trained, self.recipe.train.clip_grad_norm, self.gradient_norm, foreach=True
             )
-        finite = torch.isfinite(self.terms.total) & torch.isfinite(self.gradient_norm)
+        finite = torch.isfinite(self.terms.total) & torch.isfinite(self.gradient_norm) & (self.bad_step < 0)
         self.bad_step = torch.where(~finite & (self.bad_step < 0), self.step, self.bad_step)
         return finite
 
@@ -136,17 +142,16 @@ class Trainer:
         tau = self.parts.target.tau(self.step)
         if tau is None:
             raise RunFailed("the target updater makes a second network, but its tau(step) gives no number")
-        if self.device.type == "cpu":
-            if bool(finite):
-                self.parts.target.update(self.model.online, self.model.target, tau)
-        else:  # a tau of 1 leaves the target where it is
-            masked = torch.where(finite, torch.full((), tau, device=self.device), 1.0)
-            self.parts.target.update(self.model.online, self.model.target, masked)
+        if self.masks_on_device:  # a tau of 1 leaves the target where it is; in float64, or 1 - tau would cancel
+            exact = torch.full((), tau, dtype=torch.float64, device=self.device)
+            self.parts.target.update(self.model.online, self.model.target, torch.where(finite, exact, 1.0))
+        elif bool(finite):
+            self.parts.target.update(self.model.online, self.model.target, tau)
 
     def _commit(self, branches: Branches, finite: Tensor) -> None:
         """Let the loss move its queues and centres."""
         with torch.no_grad():
-            if self.device.type == "cpu":
+            if not self.masks_on_device:
                 if bool(finite):
                     self.parts.loss_module.commit(branches)
                 return
@@ -170,30 +175,28 @@ class Trainer:
         """
         train, info = self.recipe.train, self.info
         self.bus.emit("run_started", run=self)
-        if self._epoch_pending:
-            self._end_epoch()
         self._clock = (time.perf_counter(), self.step, self.feed.waited)
-        draws = self.feed.steps(self.step, stop)
-        while not self.interrupted and (draw := next(draws, None)) is not None:
-            self.train_step(draw)
-            on_step()
-            if self.step == 1 or self.step % train.log_every == 0 or self.step == info.total_steps:
-                self._log()
-            if self.step % info.steps_per_epoch == 0:
-                self._end_epoch()
-            if self.step % train.checkpoint_every == 0 and self.step != stop:
-                self.save()
-        draws.close()  # type: ignore[attr-defined]
+        with contextlib.closing(self.feed.steps(self.step, stop)) as draws:
+            while not self._asked_to_stop() and (draw := next(draws, None)) is not None:
+                self.train_step(draw)
+                on_step()
+                if self.step == 1 or self.step % train.log_every == 0 or self.step == info.total_steps:
+                    self._log()
+                best = self.step % info.steps_per_epoch == 0 and self._end_epoch()
+                if self.step != stop and (best or self.step % train.checkpoint_every == 0):
+                    self.save()
         if self.step:
             self.save()
 
-    def _end_epoch(self) -> None:
-        offset = self.files.metrics_offset
+    def _end_epoch(self) -> bool:
+        """Let the observers measure; a signal waits for them. True if kNN is the best so far."""
+        self.check_finite()  # what is not finite must not be measured
         self.bus.emit("epoch_ended", run=self)
-        self._epoch_pending = self.interrupted
-        if self._epoch_pending:  # observers may have left early: the next process does the epoch's end again
-            self.files.cut_metrics(offset)
         self._clock = (time.perf_counter(), self.step, self.feed.waited)
+        if self.knn is None or self.knn[0] != self.step or (self.best_knn is not None and self.knn[1] <= self.best_knn):
+            return False
+        self.best_knn = self.knn[1]
+        return True
 
     def _log(self) -> None:
         self.check_finite()
@@ -217,7 +220,7 @@ class Trainer:
         """Read the device's flag.
 
         Raises:
-            RunFailed: a loss or gradient was not finite; nothing was updated from that step on.
+            RunFailed: a loss or gradient was not finite; weights and target were not updated from that step on.
         """
         step = int(self.bad_step)
         if step >= 0:
@@ -244,8 +247,8 @@ class Trainer:
             "metrics_offset": self.files.metrics_offset,
             "samples_seen": self.step * self.info.batch_size,
             "seed": self.info.seed,
-            "epoch_pending": self._epoch_pending,
-            "knn_top1": self.knn_top1,
+            "knn_top1": self.knn[1] if self.knn and self.knn[0] == self.step else None,
+            "best_knn": self.best_knn,
             "plugins": self.recipe.provenance(),
         }
         path = checkpoint.save(self.files.checkpoints, self.step, parts, facts)
@@ -264,12 +267,11 @@ class Trainer:
             self.parts.updater.load_state_dict(found.parts["target_updater"])
             self.optimizer.load_state_dict(self._in_layout(found.parts["optimizer"]))
             self.bus.load_state_dict(found.parts["observers"])
-        except (KeyError, RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever a stranger's load_state_dict raises
             first = str(error).partition("\n")[0]
             raise RunFailed(f"{found.path}: does not fit this recipe: {type(error).__name__}: {first}") from error
         self.step = found.step
-        self.knn_top1 = found.facts.get("knn_top1")
-        self._epoch_pending = bool(found.facts.get("epoch_pending"))
+        self.best_knn = found.facts.get("best_knn")
 
     def _in_layout(self, state: dict[str, Any]) -> dict[str, Any]:
         """Optimizer state in the memory layout of its parameters, which files do not keep: sums then round alike."""
@@ -288,11 +290,6 @@ class Trainer:
         return self.step / self.info.steps_per_epoch
 
     @property
-    def interrupted(self) -> bool:
-        """True once a signal asked the run to end."""
-        return self._asked_to_stop()
-
-    @property
     def encoder(self) -> nn.Module:
         """The backbone of the branch that the target updater names for evaluation."""
         if self.parts.target.evaluated == "target" and self.model.target is not None:
@@ -306,7 +303,7 @@ class Trainer:
             raise RunFailed("this data source has no test images to measure on")
         return evaluate.features(
             self.encoder, images, indices, self.views.clean, self.device,
-            bf16=self.recipe.train.precision == "bf16", interrupted=self._asked_to_stop,
+            bf16=self.recipe.train.precision == "bf16", channels_last=self.recipe.train.channels_last,
         )  # fmt: skip
 
     def record(self, values: Mapping[str, float | Tensor]) -> None:
@@ -317,7 +314,8 @@ class Trainer:
         line: dict[str, Any] = {"step": self.step, "epoch": round(self.epoch, 6)}
         line |= {name: value if math.isfinite(value) else None for name, value in plain.items()}
         self.files.record(line)
-        self.knn_top1 = line.get("knn_top1", self.knn_top1)
+        if line.get("knn_top1") is not None:
+            self.knn = (self.step, line["knn_top1"])
         self.bus.emit("recorded", run=self, record=line)
 
 

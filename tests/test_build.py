@@ -82,12 +82,27 @@ def test_a_loss_that_does_not_add_up_refuses_micro_batches(monkeypatch: pytest.M
         build(recipe("train.accumulate=2"), CPU, print)
 
 
-def test_what_auto_compiles() -> None:
+def test_what_auto_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslkit.build._can_compile", lambda: True)
     auto = recipe("train.compile=auto")
     assert resolve_compile(auto, 1e8, "cuda").train.compile is False, "a short run does not win the time back"
     assert resolve_compile(auto, 1e10, "cuda").train.compile is True
     assert resolve_compile(auto, 1e10, "cpu").train.compile is False
+    monkeypatch.setattr("sslkit.build._can_compile", lambda: False)
+    assert resolve_compile(auto, 1e10, "cuda").train.compile is False
     assert resolve_compile(recipe("train.compile=true"), 1e6, "cpu").train.compile is True
+
+
+def test_parts_that_nothing_would_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslkit.batch import Needs
+    from sslkit_cosine.loss import CosineLoss
+
+    monkeypatch.setattr(CosineLoss, "needs", lambda self, specs: Needs(projections=(0, 1)))
+    with pytest.raises(UserError, match=r"uses no predictions, so the \[predictor\] would never be trained"):
+        build(recipe(), CPU, print)
+    with pytest.raises(UserError, match=r"uses no target branch; set target_updater.use = 'none'"):
+        build(recipe("predictor.use=identity"), CPU, print)
+    assert build(recipe("predictor.use=identity", "target_updater.use=none"), CPU, print).model.target is None
 
 
 def test_the_device(monkeypatch: pytest.MonkeyPatch) -> None:

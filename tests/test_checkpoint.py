@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sslkit import checkpoint
-from sslkit.errors import RunFailed
+from sslkit.errors import RunFailed, UserError
 
 PARTS = {
     "model": {"w": torch.arange(6.0).reshape(2, 3), "n": torch.tensor(3)},
@@ -84,6 +84,15 @@ def test_a_damaged_one_is_set_aside_and_the_one_before_is_used(tmp_path: Path) -
     assert len(problems) == 1
     assert "model.safetensors is not what the manifest says" in problems[0]
     assert (tmp_path / "damaged-step-000000010").is_dir(), "never deleted"
+
+
+def test_another_format_is_refused_and_not_set_aside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "SCHEMA", 2)
+    path = saved(tmp_path)
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="has checkpoint format 2, and this version of sslkit reads 1"):
+        checkpoint.newest(tmp_path)
+    assert path.is_dir()
 
 
 def test_an_existing_step_is_never_overwritten(tmp_path: Path) -> None:

@@ -182,22 +182,69 @@ def test_parts_of_the_model_have_their_own_rates(trainer: Callable[..., Trainer]
 # ---------------------------------------------------------------- what is not finite
 
 
-def test_nothing_moves_when_the_loss_is_not_finite(trainer: Callable[..., Trainer]) -> None:
+@pytest.mark.parametrize("on_device", [False, True])
+def test_nothing_moves_when_the_loss_is_not_finite_nor_after_it(
+    on_device: bool, trainer: Callable[..., Trainer]
+) -> None:
     t = trainer()
+    t.masks_on_device = on_device
+    committed = []
+    t.loss.register_buffer("queue", torch.zeros(1))
+    t.loss.commit = lambda branches: (committed.append(1), t.loss.queue.add_(1))  # type: ignore[method-assign, assignment]
     steps(t, 2)
+    assert float(t.loss.queue) == 2
     before, momentum = weights(t.model), copy.deepcopy(t.optimizer.state_dict()["state"])
-    with torch.no_grad():
-        handle = t.model.online.projector.register_forward_hook(
-            lambda *_: torch.full((128, 8), float("nan"), requires_grad=True)
-        )
+    handle = t.model.online.projector.register_forward_hook(
+        lambda *_: torch.full((128, 8), float("nan"), requires_grad=True)
+    )
     steps(t, 1)
     handle.remove()
+    steps(t, 2)  # finite again, but the run is lost: the host has only not heard of it yet
     assert torch.equal(weights(t.model), before)
+    assert float(t.loss.queue) == 2
     after = t.optimizer.state_dict()["state"]
     assert all(torch.equal(momentum[i]["momentum_buffer"], after[i]["momentum_buffer"]) for i in momentum)
     with pytest.raises(RunFailed, match=r"not finite at step 3 \(seed 0\)"):
         t.save()
+    with pytest.raises(RunFailed, match=r"not finite at step 3"):
+        t._end_epoch()
     assert checkpoint.listed(t.files.checkpoints) == []
+
+
+def test_masking_on_the_device_changes_nothing_else(trainer: Callable[..., Trainer]) -> None:
+    one, other = trainer(folder="a"), trainer(folder="b")
+    other.masks_on_device = True
+    assert steps(one, 6) == pytest.approx(steps(other, 6), rel=1e-6)
+    assert torch.allclose(weights(one.model), weights(other.model), atol=1e-6)
+
+
+def test_hooks_come_after_the_backward_pass_and_after_the_step_and_not_on_the_target(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[tuple[str, int, bool]] = []
+
+    def backward(self: nn.Module, step: int) -> None:
+        called.append(("after_backward", step, all(p.grad is not None for p in self.parameters())))
+
+    def stepped(self: nn.Module, step: int) -> None:
+        called.append(("after_step", step, True))
+
+    head = type(trainer(folder="probe").model.online.projector)
+    monkeypatch.setattr(head, "after_backward", backward, raising=False)
+    monkeypatch.setattr(head, "after_step", stepped, raising=False)
+    steps(trainer(), 2)
+    two = [[("after_backward", k, True)] * 2 + [("after_step", k, True)] * 2 for k in (0, 1)]
+    assert called == two[0] + two[1], "projector and predictor, and not the target's projector"
+
+
+def test_branches_reach_the_loss_in_float32(trainer: Callable[..., Trainer]) -> None:
+    t = trainer("train.precision=bf16")
+    seen: list[torch.dtype] = []
+    t.loss.register_forward_pre_hook(
+        lambda _, args: seen.extend(x.dtype for x in args[0].predictions + args[0].targets + args[0].embeddings)
+    )
+    steps(t, 1)
+    assert set(seen) == {torch.float32}
 
 
 # ---------------------------------------------------------------- a run and the same run interrupted
@@ -227,24 +274,39 @@ def test_going_on_gives_the_same_run(stop: int, trainer: Callable[..., Trainer])
     assert all(torch.equal(ours[i]["momentum_buffer"], theirs[i]["momentum_buffer"]) for i in ours)
 
 
-def test_a_signal_in_the_epochs_end_loses_no_measurement(trainer: Callable[..., Trainer]) -> None:
+def test_a_signal_in_the_epochs_end_waits_for_the_measurement(trainer: Callable[..., Trainer]) -> None:
     whole = trainer(folder="whole")
-    whole.fit(12)
-    asked = {"now": False}
-    first = trainer(folder="parts", asked_to_stop=lambda: asked["now"])
+    whole.fit(20)
+    for end in (10, 20):
+        asked = {"now": False}
+        first = trainer(folder=f"parts_{end}", asked_to_stop=lambda asked=asked: asked["now"])
 
-    class Signal:
+        class Signal:
+            @observes(tryfirst=True)
+            def epoch_ended(self, run: Any, asked: dict[str, bool] = asked, end: int = end) -> None:
+                asked["now"] = run.step == end
+
+        first.bus.manager.register(Signal())
+        first.fit(20)
+        assert first.step == end
+        first.files.close()
+        second = trainer(folder=f"parts_{end}", resume=True)
+        second.fit(20)
+        assert records(second) == records(whole)
+
+
+def test_the_best_checkpoint_is_of_the_weights_that_were_measured(trainer: Callable[..., Trainer]) -> None:
+    t = trainer("train.checkpoint_every=1000", "train.keep_checkpoints=1", "train.epochs=4")
+    values = iter([0.1, 0.9, 0.3, 0.2])
+
+    class Judge:
         @observes
-        def epoch_ended(self) -> None:
-            asked["now"] = True
+        def epoch_ended(self, run: Any) -> None:
+            run.record({"knn_top1": next(values)})
 
-    first.bus.manager.register(Signal())
-    first.fit(12)
-    assert first.step == 10
-    first.files.close()
-    second = trainer(folder="parts", resume=True)
-    second.fit(12)
-    assert records(second) == records(whole)
+    t.bus = type(t.bus)({"judge": Judge()})
+    t.fit(40)
+    assert [p.name[-2:] for p in checkpoint.listed(t.files.checkpoints)] == ["20", "40"]
 
 
 def test_records_hold_what_is_promised(trainer: Callable[..., Trainer]) -> None:

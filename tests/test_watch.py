@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from sslkit import health
+from sslkit import checkpoint, health
 from sslkit.batch import Branches, ViewSpec
 from sslkit.build import build
 from sslkit.evaluate import knn_accuracy
@@ -78,14 +78,41 @@ def test_observers_change_nothing_of_the_training(tmp_path: Path) -> None:
     assert not any("knn_top1" in r or "std_sqrt_d" in r for r in alone)
 
 
-def test_tensorboard_files_hold_the_records(tmp_path: Path) -> None:
+def test_tensorboard_files_hold_every_record_once_across_a_resume(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    trainer, records = trained(tmp_path)
+    trainer, _ = trained(tmp_path)  # to step 10; then, as if killed at 15 without another checkpoint
+    for draw in trainer.feed.steps(10, 15):
+        trainer.train_step(draw)
+    trainer.files.open_metrics(10**9)
+    trainer._log()
     trainer.bus.emit("run_ended", run=trainer, status="stopped")
+    trainer.files.close()
+
+    found, _ = checkpoint.newest(trainer.files.checkpoints)
+    assert found is not None
+    files = RunDirectory(tmp_path / "run")
+    files.open_metrics(found.facts["metrics_offset"])
+    again = Trainer(build(parse_recipe(TINY, "r.toml"), torch.device("cpu"), print), files, say=print)
+    again.restore(found)
+    again.fit(20)
+    again.bus.emit("run_ended", run=again, status="done")
+    files.close()
+
     events = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
-    written = [(e.step, e.value) for e in events.Scalars("loss")]
-    assert written == [(r["step"], pytest.approx(r["loss"])) for r in records if "loss" in r]
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("loss", "knn_top1", "effective_rank"):
+        expected = [(r["step"], pytest.approx(r[name])) for r in records if name in r]
+        assert [(e.step, e.value) for e in events.Scalars(name)] == expected, name
+
+
+def test_a_ring_of_another_size_begins_empty() -> None:
+    small, large = HealthObserver(64), HealthObserver(128)
+    small.step_ended(None, branches(torch.ones(10, 3)))  # type: ignore[arg-type]
+    large.load_state_dict(small.state_dict())
+    assert large.filled == 0
+    for _ in range(30):
+        large.step_ended(None, branches(torch.ones(10, 3)))  # type: ignore[arg-type]
 
 
 def test_without_labels_knn_says_so_once(tmp_path: Path) -> None:

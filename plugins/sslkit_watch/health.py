@@ -64,8 +64,9 @@ class HealthObserver:
         return {"ring": self.ring, "filled": self.filled}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore `state_dict`."""
-        self.ring, self.filled = state["ring"], state["filled"]
+        """Restore `state_dict`; a ring of another size begins empty."""
+        if len(state["ring"]) == self.size:
+            self.ring, self.filled = state["ring"], state["filled"]
 
 
 def _pair(branches: Branches) -> tuple[Tensor, Tensor] | None:

@@ -50,13 +50,12 @@ class KNNObserver:
     def _measure(self, run: Run) -> None:
         assert self.labels is not None
         bank, queries = run.features("train", self.bank), run.features("test", self.queries)
-        if run.interrupted:
-            return
         bank_labels, query_labels = (labels.to(bank.device) for labels in self.labels)
         k = min(self.options.k, len(bank))
         accuracy = knn_accuracy(bank, bank_labels, queries, query_labels, k=k, temperature=self.options.temperature)
         run.record({
             "knn_top1": accuracy, "knn_k": k, "knn_temperature": self.options.temperature, "knn_bank": len(bank),
+            "knn_queries": len(queries),
         })  # fmt: skip
 
 

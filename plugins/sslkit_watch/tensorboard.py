@@ -16,9 +16,10 @@ class TensorBoardObserver:
     def __init__(self) -> None:
         self.writer: SummaryWriter | None = None
 
-    @observes
+    @observes(tryfirst=True)  # another observer may record something as the run starts
     def run_started(self, run: Run) -> None:
-        self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=run.step or None)
+        purge = run.step + 1 if run.step else None  # the records of this very step are kept
+        self.writer = SummaryWriter(str(run.directory / "tensorboard"), purge_step=purge)
 
     @observes
     def recorded(self, run: Run, record: Mapping[str, Any]) -> None:
@@ -27,6 +28,11 @@ class TensorBoardObserver:
         for name, value in record.items():
             if name not in ("step", "epoch") and value is not None:
                 self.writer.add_scalar(name, value, record["step"])
+
+    @observes
+    def checkpoint_saved(self, run: Run) -> None:
+        if self.writer is not None:  # what a checkpoint goes on from must not be lost
+            self.writer.flush()
 
     @observes
     def run_ended(self, run: Run, status: str) -> None:
