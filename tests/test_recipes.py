@@ -68,7 +68,7 @@ def test_the_quickstart_ends_far_above_the_random_network(
     run("train", "quickstart", "--set", f"seed={seed}")
     knn = [r["knn_top1"] for r in records("runs/quickstart") if "knn_top1" in r]
     assert knn[0] < 0.35, "the random network"
-    assert knn[-1] > 0.8
+    assert knn[-1] > 0.9
 
 
 @pytest.mark.slow
