@@ -17,10 +17,12 @@ from sslkit import randomness, registry
 from sslkit.api import (
     Component,
     DataInfo,
+    GroupOptions,
     ImageSet,
     LossModule,
     ParamGroup,
     RunInfo,
+    Schedule,
     TargetModule,
     Value,
     ViewMaker,
@@ -205,8 +207,8 @@ def group_values(recipe: Recipe, groups: list[ParamGroup], run: RunInfo) -> list
     values: list[GroupValues] = []
     for group in groups:
         own = spec.groups.get(cast(Any, group.part))
-        lr = value_of(own.lr if own and own.lr is not None else spec.lr, run)
-        decay = value_of(own.weight_decay if own and own.weight_decay is not None else spec.weight_decay, run)
+        lr = _rate(own, group.part, "lr", spec.lr, run)
+        decay = _rate(own, group.part, "weight_decay", spec.weight_decay, run)
         values.append(
             GroupValues(
                 lr=lambda step, lr=lr: lr(step) * scale,  # type: ignore[misc]
@@ -214,6 +216,24 @@ def group_values(recipe: Recipe, groups: list[ParamGroup], run: RunInfo) -> list
             )
         )
     return values
+
+
+def _rate(own: GroupOptions | None, part: str, name: str, common: float | Schedule, run: RunInfo) -> Value:
+    """A part's own rate or the common one, as a function of the step.
+
+    Raises:
+        UserError: the schedule does not fit the run, or the rate is negative somewhere.
+    """
+    chosen = getattr(own, name, None)
+    key = f"optimizer.{name}" if chosen is None else f"optimizer.groups.{part}.{name}"
+    try:
+        value = value_of(common if chosen is None else chosen, run)
+    except UserError as error:
+        raise UserError(*(f"{key}: {line}" for line in error.lines)) from None
+    for step in range(0, run.total_steps + 1, max(1, run.total_steps // 1000)):
+        if value(step) < 0:
+            raise UserError(f"{key}: is {value(step):g} at step {step}; it cannot be negative")
+    return value
 
 
 def resolve_compile(recipe: Recipe, run_pixels: float, device: str) -> Recipe:
@@ -249,7 +269,10 @@ def _check_fit(
             f"{registry.name_of(type(recipe.target_updater))!r} makes none; use 'ema' or 'stop_gradient'"
         )
     if predictor is not None and not needs.predictions and any(True for _ in predictor.parameters()):
-        raise UserError(f"loss {loss_name!r} uses no predictions, so the [predictor] would never be trained; remove it")
+        raise UserError(
+            f"loss {loss_name!r} uses no predictions, so the [predictor] would never be trained; remove it, "
+            "or --set predictor.use=identity"
+        )
     if updater.source != "none" and not needs.targets:
         raise UserError(f"loss {loss_name!r} uses no target branch; set target_updater.use = 'none'")
     wanted = {*needs.projections, *needs.predictions, *needs.targets}

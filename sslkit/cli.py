@@ -80,9 +80,7 @@ def main() -> None:
     show_default=True,
     help="Go on with the run in the directory, or always begin a new one beside it.",
 )
-@click.option(
-    "--dry-run", is_flag=True, help="Show what would be trained, with a few measured steps, and write nothing."
-)
+@click.option("--dry-run", is_flag=True, help="Show what would be trained, with a few measured steps; writes no run.")
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -115,12 +113,17 @@ def train(
 @main.command("list-plugins")
 @click.option("--kind", type=click.Choice(KINDS), help="Only this kind.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
-@click.option("--check", is_flag=True, help="Import each one, to find what is broken beyond its metadata.")
-def list_plugins(kind: str | None, as_json: bool, check: bool) -> None:
+@click.option(
+    "--check",
+    is_flag=True,
+    help="Import each one too; exit code 2 if one is broken.",
+)
+@click.pass_context
+def list_plugins(ctx: click.Context, kind: str | None, as_json: bool, check: bool) -> None:
     """List every installed component; imports none of them."""
     from sslkit.describe import list_components
 
-    list_components(kind, as_json=as_json, check=check)
+    ctx.exit(list_components(kind, as_json=as_json, check=check))
 
 
 @main.command()

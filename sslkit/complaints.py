@@ -49,7 +49,8 @@ def _problem(mistake: Any, path: Path, tables: dict[str, Any], top: type[BaseMod
     text = mistake["msg"].removeprefix("Input ").removeprefix("Value error, ")
     if kind in ("slot", "component", "scheduled"):
         return text if kind == "component" or isinstance(given, dict) else f"{text}, not {_shown(given)}"
-    return f"{text[:1].lower()}{text[1:]}, not {_shown(given)}"
+    about_one_value = not isinstance(given, dict)  # what is said of a table as a whole names its values itself
+    return f"{text[:1].lower()}{text[1:]}" + (f", not {_shown(given)}" if about_one_value else "")
 
 
 def _options(path: Path, tables: dict[str, Any], top: type[BaseModel]) -> list[str]:

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from sslkit.api import Component
 
 
-def list_components(kind: str | None, *, as_json: bool, check: bool) -> None:
-    """Print every component: kind, name, distribution, version, description, and what is wrong with it."""
+def list_components(kind: str | None, *, as_json: bool, check: bool) -> int:
+    """Print every component: kind, name, distribution, version, description, and what is wrong with it.
+
+    Returns:
+        The exit code: 2 if something that was checked is broken.
+    """
     rows = []
     for provider in registry.providers():
         if kind is not None and provider.kind != kind:
@@ -38,9 +42,10 @@ def list_components(kind: str | None, *, as_json: bool, check: bool) -> None:
             "kind": provider.kind, "name": provider.name, "distribution": provider.distribution,
             "version": provider.version, "description": description, "problem": problem,
         })  # fmt: skip
+    failed = 2 if check and any(row["problem"] for row in rows) else 0
     if as_json:
         print(json.dumps(rows, indent=1))
-        return
+        return failed
     table = Table(box=None, pad_edge=False)
     for header in ("kind", "name", "from", "description"):
         table.add_column(header, overflow="fold", no_wrap=header != "description")
@@ -53,6 +58,7 @@ def list_components(kind: str | None, *, as_json: bool, check: bool) -> None:
     if not console.is_terminal:
         console.width = 200  # a pipe has no width to respect
     console.print(table)
+    return failed
 
 
 def describe_component(component: str, *, as_json: bool) -> None:

@@ -289,13 +289,19 @@ def _newest_checkpoint(files: RunDirectory, parts: Parts, say: Any) -> checkpoin
 def _announce(trainer: Trainer, say: Any) -> None:
     run, recipe = trainer.info, trainer.recipe
     left_out = run.train_images - run.steps_per_epoch * run.batch_size
+    where = _device_name(trainer.device)
     say(
-        f"{recipe.name} ({recipe.hash()}) on {_device_name(trainer.device)}: {run.train_images} images, "
+        f"{recipe.name} ({recipe.hash()}) on {where}: {run.train_images} images{_labels(trainer)}, "
         f"{recipe.train.epochs} epochs of {run.steps_per_epoch} steps"
         + (f" (each leaves out {left_out} images, an incomplete batch)" if left_out else "")
     )
     if recipe.train.compile:
         say("compiling views and networks: the first step takes a minute or two")
+
+
+def _labels(trainer: Trainer) -> str:
+    classes, test = trainer.info.class_names, trainer.data.test
+    return (f" of {len(classes)} classes" if classes else "") + (f", {len(test)} test images" if test else "")
 
 
 def _summarise(files: RunDirectory, console: Console) -> None:

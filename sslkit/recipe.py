@@ -188,6 +188,8 @@ def locate(recipe: str) -> Path:
         path = Path(recipe)
         if path.is_file():
             return path
+        if path.is_dir():
+            raise UserError(f"{recipe}: is a folder; give a recipe file in it")
         near = did_you_mean(path.stem, shipped())
         raise UserError(f"{recipe}: no such recipe file{near and near + ' (a shipped recipe, without .toml)'}")
     known = shipped()
@@ -312,6 +314,7 @@ def _set(tables: dict[str, Any], keys: tuple[str, ...], value: object, override:
         path = (*path, key)
         if not isinstance(table.get(key), dict):
             table[key] = {}
+            origin.overridden[path] = override
         table = table[key]
     if rest[-1] == "use" and table.get("use") != value:
         table.clear()

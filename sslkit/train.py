@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslkit import checkpoint, evaluate, randomness
+from sslkit import checkpoint, evaluate, randomness, registry
 from sslkit.batch import Branches, LossTerms, joined
 from sslkit.build import Parts
 from sslkit.data import Draw, Feed
@@ -82,7 +82,7 @@ class Trainer:
             with self._precision():
                 branches = self.model(views)  # backbone, projector, predictor; target without gradient
             branches.indices, branches.labels = micro.batch.indices, micro.batch.labels
-            terms.append(self.loss(branches))
+            terms.append(self._checked(self.loss(branches)))
             (terms[-1].total / self.recipe.train.accumulate).backward()
             seen.append(branches.detached())
         branches, self.terms = joined(seen), _mean(terms)
@@ -95,6 +95,15 @@ class Trainer:
         self.step += 1
         self.bus.emit("step_ended", run=self, branches=branches)
         return branches
+
+    def _checked(self, terms: object) -> LossTerms:
+        if isinstance(terms, LossTerms):
+            return terms
+        provider = registry.find("loss", registry.name_of(type(self.recipe.loss)))
+        raise RunFailed(
+            f"loss {provider.name!r} from {provider.origin} should return sslkit.api.LossTerms, not "
+            f"{type(terms).__name__}: LossTerms(total, {{name: value}})"
+        )
 
     def make_views(self, images: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
         """uint8 `[B, C, H, W]` -> V views, float `[B, C, h, w]`."""
@@ -252,6 +261,7 @@ class Trainer:
             "plugins": self.recipe.provenance(),
         }
         path = checkpoint.save(self.files.checkpoints, self.step, parts, facts)
+        self.files.status("running", step=self.step, of=self.info.total_steps)
         checkpoint.prune(self.files.checkpoints, self.recipe.train.keep_checkpoints)
         self.bus.emit("checkpoint_saved", run=self, path=path)
 

@@ -327,9 +327,7 @@ def test_a_run_that_never_began_does_not_hold_its_directory(tiny: Path, monkeypa
         patched.setattr(Trainer, "train_step", fail)
         failed = run("train", str(tiny))
     assert failed.exit_code == 1
-    assert failed.stderr.strip().startswith(
-        "the run failed: ValueError: shapes do not fit (the traceback is in"
-    )
+    assert failed.stderr.strip().startswith("the run failed: ValueError: shapes do not fit (the traceback is in")
     assert "shapes do not fit" in Path("runs/tiny/traceback.txt").read_text()
     assert json.loads(Path("runs/tiny/status.json").read_text())["status"] == "failed"
     assert run("train", str(tiny), "--set", "train.epochs=1").exit_code == 0
@@ -370,6 +368,27 @@ def test_the_way_out_of_a_refusal_keeps_what_was_set(tiny: Path) -> None:
     import shlex
 
     assert run(*shlex.split(suggestion), "--steps", "2").exit_code == 0
+
+
+def test_rates_below_zero_are_refused(tiny: Path) -> None:
+    for key in ("optimizer.lr.peak", "optimizer.weight_decay"):
+        refused = run("train", str(tiny), "--set", f"{key}=-0.1")
+        assert refused.exit_code == 2
+        assert "it cannot be negative" in refused.stderr
+
+
+def test_a_loss_that_returns_a_bare_tensor_is_named(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sslkit_cosine.loss import CosineLoss
+
+    forward = CosineLoss.forward
+    monkeypatch.setattr(CosineLoss, "forward", lambda self, branches: forward(self, branches).total)
+    failed = run("train", str(tiny))
+    assert failed.exit_code == 1
+    assert "loss 'cosine' from sslkit 0.1.0 should return sslkit.api.LossTerms, not Tensor" in failed.stderr
+
+
+def test_a_key_that_only_an_override_made_points_at_the_override(tiny: Path) -> None:
+    assert run("train", str(tiny), "--set", "optimzer.lr=0.1").stderr.startswith("--set optimzer.lr=0.1: optimzer")
 
 
 def test_describing_a_kind_lists_its_names() -> None:

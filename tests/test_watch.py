@@ -123,4 +123,4 @@ def test_without_labels_knn_says_so_once(tmp_path: Path) -> None:
     trainer = Trainer(parts, files, say=said.append)
     trainer.fit(10)
     files.close()
-    assert said == ["kNN is not measured: this data source has no labels or no test images"]
+    assert said == ["kNN is not measured: this data source has no labels"]

@@ -28,7 +28,8 @@ class KNNObserver:
     def run_started(self, run: Run) -> None:
         train, test = run.data.train, run.data.test
         if test is None or train.labels is None or test.labels is None:
-            run.say("kNN is not measured: this data source has no labels or no test images")
+            missing = "no test images" if test is None else "no labels"
+            run.say(f"kNN is not measured: this data source has {missing}")
             return
         # One fixed choice: figures of different seeds and steps then compare.
         self.bank, self.queries = _chosen(train, self.options.bank), _chosen(test, self.options.queries)
