@@ -360,6 +360,7 @@ def test_compiled_is_eager(trainer: Callable[..., Trainer]) -> None:
         assert steps(compiled, 5) == pytest.approx(steps(eager, 5), rel=1e-4)
     first = trainer("train.compile=true", folder="parts")
     first.fit(4)
+    first.files.close()
     on = trainer("train.compile=true", folder="parts", resume=True)
     whole = trainer("train.compile=true", folder="whole")
     on.fit(8)
