@@ -27,9 +27,7 @@ class Group(click.Group):
                 "interrupted; what was saved before is untouched, and the same command goes on from it", err=True
             )
             ctx.exit(130)
-        except click.exceptions.Exit:
-            raise
-        except click.ClickException:
+        except (click.exceptions.Exit, click.ClickException):
             raise
         except BrokenPipeError:
             sys.stderr.close()  # the reader went away, as `| head` does

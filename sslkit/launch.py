@@ -10,6 +10,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from rich.console import Console
 from sslkit import checkpoint, doctor, registry
 from sslkit.build import Parts, build, choose_device, resolve_compile
 from sslkit.errors import RunFailed, SslkitError, UserError
-from sslkit.progress import Display, PatientConsole
+from sslkit.progress import Display, PatientConsole, say
 from sslkit.recipe import Recipe, differences, parse_recipe, place, read_recipe
 from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment, read_metrics
 from sslkit.train import Trainer
@@ -91,22 +92,15 @@ def train(
                 _summarise(files, console)
                 return 0
         with _reported(files, recipe):
-            parts = build(recipe, where, lambda text: _say(console, text))
+            parts = build(recipe, where, partial(say, console))
             refuse_findings(parts, source, overrides)
             return _train(parts, files, steps, console)
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-
 def _train(parts: Parts, files: RunDirectory, steps: int | None, console: Console) -> int:
-    def say(text: str) -> None:
-        _say(console, text)
-
     signals, device = StopSignals(), parts.device
     recipe = parts.recipe = resolve_compile(parts.recipe, view_pixels(parts), device.type)
-    found = _newest_checkpoint(files, parts, say)
+    found = _newest_checkpoint(files, parts, console)
     files.write("recipe.lock.toml", LOCK_HEADER + recipe.to_toml())
     files.write("env.json", json.dumps(
         environment(sys.argv, recipe.provenance(), _device_name(device), parts.data.fingerprint), indent=1
@@ -119,12 +113,12 @@ def _train(parts: Parts, files: RunDirectory, steps: int | None, console: Consol
     trainer = Trainer(parts, files, display.say, signals.asked)
     if found:
         trainer.restore(found)
-        say(f"going on from step {found.step} ({found.path})")
-    _announce(trainer, say)
+        say(console, f"going on from step {found.step} ({found.path})")
+    _announce(trainer, console)
     stop = min(steps or parts.run.total_steps, parts.run.total_steps)
     # At the very end there is nothing to train, but a run that died there still has to be called done.
     if stop <= trainer.step < parts.run.total_steps:
-        say(f"{files.path} is at step {trainer.step} already; a larger --steps goes on")
+        say(console, f"{files.path} is at step {trainer.step} already; a larger --steps goes on")
         return 0
     return _fit(trainer, display, signals, stop, console)
 
@@ -265,7 +259,7 @@ def _finished(files: RunDirectory) -> bool:
     return files.read_status().get("status") == "done"
 
 
-def _newest_checkpoint(files: RunDirectory, parts: Parts, say: Any) -> checkpoint.Checkpoint | None:
+def _newest_checkpoint(files: RunDirectory, parts: Parts, console: Console) -> checkpoint.Checkpoint | None:
     checkpoint.clean(files.checkpoints)
     found, problems = checkpoint.newest(files.checkpoints)
     if found is None and (problems or any(files.checkpoints.glob("damaged-*"))):
@@ -274,7 +268,7 @@ def _newest_checkpoint(files: RunDirectory, parts: Parts, say: Any) -> checkpoin
             f"{files.path}: no checkpoint can be read; put a sound one back, or begin anew with another --run-dir",
         )
     for problem in problems:
-        say(problem)
+        say(console, problem)
     if found and found.facts["data_fingerprint"] != parts.data.fingerprint:
         raise UserError(
             f"{files.path}: the data changed since this run began (fingerprint {found.facts['data_fingerprint']}, now "
@@ -286,17 +280,18 @@ def _newest_checkpoint(files: RunDirectory, parts: Parts, say: Any) -> checkpoin
 # ---------------------------------------------------------------- words
 
 
-def _announce(trainer: Trainer, say: Any) -> None:
+def _announce(trainer: Trainer, console: Console) -> None:
     run, recipe = trainer.info, trainer.recipe
     left_out = run.train_images - run.steps_per_epoch * run.batch_size
     where = _device_name(trainer.device)
     say(
+        console,
         f"{recipe.name} ({recipe.hash()}) on {where}: {run.train_images} images{_labels(trainer)}, "
         f"{recipe.train.epochs} epochs of {run.steps_per_epoch} steps"
-        + (f" (each leaves out {left_out} images, an incomplete batch)" if left_out else "")
+        + (f" (each leaves out {left_out} images, an incomplete batch)" if left_out else ""),
     )
     if recipe.train.compile:
-        say("compiling views and networks: the first step takes a minute or two")
+        say(console, "compiling views and networks: the first step takes a minute or two")
 
 
 def _labels(trainer: Trainer) -> str:

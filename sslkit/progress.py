@@ -25,6 +25,11 @@ class PatientConsole(Console):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+def say(console: Console, text: str) -> None:
+    """Print one line as it is: brackets are no markup, and long lines are the terminal's to wrap."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class Display:
     """An observer like any other: it draws from the records of `metrics.jsonl`."""
 
@@ -57,7 +62,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line above the progress."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        say(self.console, text)
 
     def advance(self, step: int) -> None:
         """The run is at this step."""

@@ -102,15 +102,11 @@ class RunDirectory:
         path = self.path / "metrics.jsonl"
         try:
             self._metrics = path.open("ab", buffering=0)  # a record is one write
-            self.cut_metrics(offset)
+            if self._metrics.tell() > offset:  # what was recorded since will be measured again
+                self._metrics.truncate(offset)
+                self._metrics.seek(0, os.SEEK_END)
         except OSError as error:
             raise RunFailed(f"{path}: cannot be written: {error.strerror or error}") from error
-
-    def cut_metrics(self, offset: int) -> None:
-        """Drop the records after an offset: they will be measured again."""
-        if self._metrics.tell() > offset:
-            self._metrics.truncate(offset)
-            self._metrics.seek(0, os.SEEK_END)
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one line, in one write."""

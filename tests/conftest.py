@@ -9,6 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+from sslkit.api import RunInfo
 
 ROOT = Path(__file__).parent.parent
 
@@ -84,3 +87,24 @@ def recipe_file(tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return write
+
+
+def run_info(side: int = 32, channels: int = 3, **changes: object) -> RunInfo:
+    """The facts of a small run on images whose normalisation changes nothing."""
+    facts = {
+        "seed": 0,
+        "device": "cpu",
+        "image_size": side,
+        "channels": channels,
+        "mean": (0.0,) * channels,
+        "std": (1.0,) * channels,
+        "train_images": 100,
+        "total_steps": 10,
+        "steps_per_epoch": 5,
+        "batch_size": 8,
+    }
+    return RunInfo(**(facts | changes))  # type: ignore[arg-type]
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torchvision.transforms.v2.functional as V
+from conftest import generator, run_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -22,26 +23,6 @@ from sslkit_affine import Affine
 
 STILL = {"rotation": 0.0, "scale": 0.0, "shear": 0.0, "shift": 0.0}
 DARK = {"light": 0.0, "grayscale": 0.0, "contrast": 0.0, "offset": 0.0}
-
-
-def run_info(side: int = 16, channels: int = 3, **changes: object) -> RunInfo:
-    facts = {
-        "seed": 0,
-        "device": "cpu",
-        "image_size": side,
-        "channels": channels,
-        "mean": (0.0,) * channels,
-        "std": (1.0,) * channels,
-        "train_images": 100,
-        "total_steps": 10,
-        "steps_per_epoch": 5,
-        "batch_size": 8,
-    }
-    return RunInfo(**(facts | changes))  # type: ignore[arg-type]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def pictures(n: int, side: int = 16, channels: int = 3, seed: int = 0) -> Tensor:
@@ -118,7 +99,7 @@ def test_appearance_off_applies_none_of_its_options() -> None:
     images = pictures(8)
     geometry = Affine(**DARK)
     loud = Affine(light=0.9, grayscale=1.0, contrast=0.9, offset=0.9, appearance=False)
-    for a, b in zip(views_of(geometry, images, run_info())[0], views_of(loud, images, run_info())[0], strict=True):
+    for a, b in zip(views_of(geometry, images, run_info(16))[0], views_of(loud, images, run_info(16))[0], strict=True):
         assert torch.allclose(a, b, atol=1e-6)
 
 
@@ -126,10 +107,10 @@ def test_appearance_off_applies_none_of_its_options() -> None:
 def test_every_option_acts_alone(name: str) -> None:
     images = pictures(12)
     still = Affine(**STILL, **DARK)
-    for view in views_of(still, images, run_info())[0]:
+    for view in views_of(still, images, run_info(16))[0]:
         assert torch.allclose(view, images / 255, atol=1e-5)
     one = Affine(**{**STILL, **DARK, name: 0.5})
-    for view in views_of(one, images, run_info())[0]:
+    for view in views_of(one, images, run_info(16))[0]:
         changed = (view - images / 255).abs().amax((1, 2, 3)) > 1e-4
         assert changed.float().mean() > 0.15
 
@@ -151,7 +132,7 @@ def test_views_of_any_size_are_finite_and_geometry_stays_within_0_and_1(
 
 def test_ranges_and_probabilities() -> None:
     n = 4000
-    p = Affine().build(run_info()).draw(n, generator())
+    p = Affine().build(run_info(16)).draw(n, generator())
     for name, low, high in [
         ("rotation", -10, 10),
         ("scale", 0.9, 1.1),
@@ -175,7 +156,7 @@ def test_ranges_and_probabilities() -> None:
 
 
 def test_seeded_sliced_and_pure() -> None:
-    maker = Affine().build(run_info())
+    maker = Affine().build(run_info(16))
     images = pictures(11)
     p, again, other = (maker.draw(11, generator(seed)) for seed in (1, 1, 2))
     assert all(torch.equal(p[name], again[name]) for name in p)
@@ -193,7 +174,7 @@ def test_seeded_sliced_and_pure() -> None:
 def test_nothing_depends_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """On the meta device there is no data to look at."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # it does not know that device
-    maker = Affine().build(run_info())
+    maker = Affine().build(run_info(16))
     p = {name: values.to("meta") for name, values in maker.draw(6, generator()).items()}
     for view in maker.appear(maker.crop(pictures(6).to("meta"), p), p):
         assert view.shape == (6, 3, 16, 16)
@@ -202,9 +183,9 @@ def test_nothing_depends_on_data(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_autocast_changes_nothing() -> None:
     images = pictures(8)
-    views = views_of(Affine(), images, run_info())[0]
+    views = views_of(Affine(), images, run_info(16))[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        half = views_of(Affine(), images, run_info())[0]
+        half = views_of(Affine(), images, run_info(16))[0]
     assert all(map(torch.equal, views, half))
 
 
@@ -214,7 +195,7 @@ def test_compiled_equals_eager_and_compiles_once(backend: str) -> None:
     from torch._dynamo.testing import CompileCounterWithBackend
 
     torch.compiler.reset()
-    maker = Affine().build(run_info())
+    maker = Affine().build(run_info(16))
     counter = CompileCounterWithBackend(backend)
 
     @torch.compile(fullgraph=True, dynamic=False, backend=counter)
@@ -230,7 +211,7 @@ def test_compiled_equals_eager_and_compiles_once(backend: str) -> None:
 
 
 def test_normalised_with_the_training_images_statistics_or_given_ones() -> None:
-    info = run_info(mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+    info = run_info(16, mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
     images = pictures(3)
     mean, std = torch.tensor(info.mean).view(3, 1, 1), torch.tensor(info.std).view(3, 1, 1)
     assert torch.allclose(Affine().build(info).clean(images), (images / 255 - mean) / std, atol=1e-5)
@@ -259,9 +240,9 @@ def test_wrong_options_are_refused(wrong: dict, problem: str) -> None:
 @pytest.mark.parametrize(
     ("options", "info", "problem"),
     [
-        ({"mean": (0.5,)}, run_info(), "view_generator.affine.mean: 1 values for images of 3 channels"),
-        ({"std": (0.5,) * 4}, run_info(), "view_generator.affine.std: 4 values"),
-        ({}, run_info(std=(0.1, 0.0, 0.1)), "set std"),
+        ({"mean": (0.5,)}, run_info(16), "view_generator.affine.mean: 1 values for images of 3 channels"),
+        ({"std": (0.5,) * 4}, run_info(16), "view_generator.affine.std: 4 values"),
+        ({}, run_info(16, std=(0.1, 0.0, 0.1)), "set std"),
     ],
 )
 def test_options_that_do_not_fit_the_run_are_refused(options: dict, info: RunInfo, problem: str) -> None:

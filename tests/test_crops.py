@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import torchvision.transforms.v2.functional as V
+from conftest import generator, run_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
@@ -22,26 +23,6 @@ from sslkit.errors import UserError
 from sslkit_crops import Identity, TwoCrops, color, geometry
 
 VIEWS = (0, 1)
-
-
-def run_info(side: int = 32, channels: int = 3, **changes: object) -> RunInfo:
-    facts = {
-        "seed": 0,
-        "device": "cpu",
-        "image_size": side,
-        "channels": channels,
-        "mean": (0.0,) * channels,
-        "std": (1.0,) * channels,
-        "train_images": 100,
-        "total_steps": 10,
-        "steps_per_epoch": 5,
-        "batch_size": 8,
-    }
-    return RunInfo(**(facts | changes))  # type: ignore[arg-type]
-
-
-def generator(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def pictures(n: int, side: int = 32, channels: int = 3, seed: int = 0) -> Tensor:
