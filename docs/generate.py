@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,12 +18,16 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from sslkit import api, batch, contracts, describe, events, registry
+from sslkit import api, batch, contracts, describe, diff, events, nn, registry
 from sslkit.cli import main
-from sslkit.doctor import FINDINGS
+from sslkit.doctor import ERRORS, WARNINGS
 from sslkit.recipe import DEFAULT_OBSERVERS, Recipe, Train
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # the tests load this file by its path
+
+from methods import methods_page  # noqa: E402
+
 NOTE = "<!-- Written by docs/generate.py: edit the code that is described here, then run python docs/generate.py. -->"
 
 
@@ -33,6 +38,7 @@ def pages() -> dict[str, str]:
         "reference/components.md": components_page,
         "reference/recipe.md": recipe_page,
         "reference/api.md": api_page,
+        "reference/methods.md": lambda: methods_page(table),
     }
     return {path: "\n\n".join([NOTE, *page()]) + "\n" for path, page in made.items()}
 
@@ -202,12 +208,40 @@ def recipe_page() -> list[str]:
         "marked so among the [components](components.md) are left out of the recipe's hash, so that a run may "
         "[go on](../how-to/resume-and-stop.md) with other values.",
         "### Findings",
-        "`train` refuses to begin what is known to fail, with the figure and the step. A recipe that means it lists "
+        "`train` looks at the parts before it begins. What is sure to fail it refuses, with the figure and the step; "
+        "of what is known to fail in the papers' own experiments it warns, and goes on. A recipe that means it lists "
         "the finding's id in `train.accept`.",
-        table(("Id", "Finding"), [(code(name), f"{text[0].upper()}{text[1:]}.") for name, text in FINDINGS.items()]),
+        table(
+            ("Id", "Finding", ""),
+            [
+                (code(name), f"{text[0].upper()}{text[1:]}.", what)
+                for found, what in ((ERRORS, "refused"), (WARNINGS, "warned of"))
+                for name, text in found.items()
+            ],
+        ),
         "## Names and paths",
         "A recipe given to a command is a path if it contains a slash or ends in `.toml`; otherwise it is the name of "
         "a recipe that comes with sslkit (`sslkit recipes` lists them).",
+        "## Overlays",
+        "`extends` lays a recipe over another, its base: `extends = \"byol_cifar10\"` over a recipe that comes with "
+        "sslkit, `extends = \"base.toml\"` or `\"../base.toml\"` over a file, whose path starts at the folder of the "
+        "file that says it. A base may extend another recipe.",
+        table(
+            ("In the overlay", "What it does"),
+            [
+                ("a table", "Changes the keys that it has, and leaves the base's others, at any depth."),
+                ("a table with another `use`", "Replaces the base's table: the old options belong to the old part."),
+                ("a number, text or list", "Replaces what the base has. A list of tables is replaced as a whole."),
+                ("`[[observers]]`", "Changes the base's observer of the same `use`, or adds one; `enabled = false` in "
+                                    "it switches one off."),
+                ("`predictor = false`", "Takes the base's predictor away. Places that have to be filled, and single "
+                                        "options, cannot be emptied."),
+                ("`name`", "The overlay's own. Without one it has the name of its file, not that of the base."),
+            ],
+        ),
+        "`--set` is applied last. A mistake is told with the file and line that made it, base or overlay; what is "
+        "missing, at the overlay. The run's `recipe.lock.toml` holds the result, without `extends`, and has the same "
+        "hash. `simsiam_cifar10` is an overlay of `byol_cifar10`.",
         "## Overrides",
         "`--set KEY=VALUE` changes one key and may be repeated. The value is read as TOML; what is not TOML is a "
         "string, so `--set target_updater.use=ema` needs no quotes.",
@@ -226,6 +260,10 @@ def recipe_page() -> list[str]:
         "## The same recipe, spelt out",
         "A run writes `recipe.lock.toml` into [its directory](run-directory.md): the recipe with every option spelt "
         "out and overrides applied. It is a recipe like any other and trains to the same losses.",
+        "## Two recipes compared",
+        "`sslkit diff A B` shows where two recipes or runs differ, with every option spelt out. `--json` gives the "
+        "same as one object, a `Difference`; `null` stands for what is not set.",
+        *(part for name in ("Difference", "Side", "Slot", "Change") for part in _described(diff, name, 3)),
     ]  # fmt: skip
 
 
@@ -269,13 +307,18 @@ def api_page() -> list[str]:
         paragraphs(_assigned_docs(_tree(api))["Scheduled"]) + " In `build`, `value_of(option, run)` makes it a "
         "function of the step.",
         f"`Incidental`: {paragraphs(api.Incidental.__doc__)}",
+        "## Pieces",
+        "`sslkit.nn` has what losses and heads would otherwise each write anew. Unlike `sslkit.api` it imports torch, "
+        "so it is imported beside the module, not beside the spec.",
+        *_pieces(),
         "## Optional hooks",
         "Any module that a head, a backbone, a loss or a target updater builds may define these; the engine calls them "
-        "wherever they are, inner modules included. `step` is the number of updates completed before this one in "
-        "`after_backward` and in `after_step`.",
+        "wherever they are, inner modules included. `step` is the number of updates completed before this one, a plain "
+        "integer.",
         table(
             ("Method", "When"),
             [
+                ("`before_step(step)`", "Before the views are made: to take a schedule's value, say."),
                 ("`after_backward(step)`", "After the backward pass, before clipping: to freeze a layer, say."),
                 ("`after_step(step)`", "After the optimizer, the target and `commit`: to renormalise prototypes, say."),
             ],
@@ -288,6 +331,17 @@ def api_page() -> list[str]:
         "What an observer sees of the run.",
         *_members(events, "Run", 4),
     ]  # fmt: skip
+    return parts
+
+
+def _pieces() -> list[str]:
+    """The public functions and modules of `sslkit.nn`."""
+    parts = []
+    for item in _tree(nn).body:
+        if isinstance(item, ast.FunctionDef) and item.name[0] != "_":
+            parts += [f"### {item.name}", code(_signature(item)), paragraphs(ast.get_docstring(item))]
+        elif isinstance(item, ast.ClassDef) and item.name[0] != "_":
+            parts += _described(nn, item.name, 3)
     return parts
 
 

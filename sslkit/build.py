@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
-from sslkit import randomness, registry
+from sslkit import evaluate, randomness, registry
 from sslkit.api import (
     Component,
     DataInfo,
@@ -121,6 +121,7 @@ def describe_run(recipe: Recipe, data: ImageSet, device: torch.device) -> RunInf
         steps_per_epoch=per_epoch,
         batch_size=size,
         class_names=data.class_names,
+        labelled=data.train.labels is not None,
     )
 
 
@@ -154,11 +155,15 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> P
 
     needs = _made(recipe.loss, lambda: cast(LossModule, loss).needs(run.views))
     _check_fit(recipe, needs, cast(LossModule, loss), cast(TargetModule, updater), predictor, run)
-    encoder, forward = Encoder(backbone, projector), recipe.train.forward
+    encoder, train = Encoder(backbone, projector), recipe.train
     model = _made(
         recipe.target_updater,
-        lambda: Siamese(encoder, predictor, cast(TargetModule, updater), run.views, needs, forward),
+        lambda: Siamese(
+            encoder, predictor, cast(TargetModule, updater), run.views, needs, train.forward, train.batch_norm_groups
+        ),
     )
+    if device.type == "cpu" and train.precision == "bf16":
+        _refuse_broken_bf16(backbone, run)
     model.to(device)
     loss.to(device)
     updater.to(device)
@@ -281,11 +286,49 @@ def _check_fit(
     parts = recipe.train.accumulate
     if recipe.train.batch_size % parts:
         raise UserError(f"train.accumulate = {parts} does not divide train.batch_size = {recipe.train.batch_size}")
+    groups, images = recipe.train.batch_norm_groups, recipe.train.batch_size // parts
+    if images % groups or images // groups < 2:
+        raise UserError(
+            f"train.batch_norm = {recipe.train.batch_norm!r}: {images} images cannot be split into {groups} equal "
+            "groups of two or more; choose another train.batch_size or N"
+        )
     if parts > 1 and not loss.additive:
         raise UserError(
             f"train.accumulate = {parts}: loss {loss_name!r} compares the images of a batch with one another, so the "
             "losses of micro-batches do not add up to the loss of the batch; use accumulate = 1"
         )
+
+
+def _refuse_broken_bf16(backbone: nn.Module, run: RunInfo) -> None:
+    """Refuse convolutions whose weight gradient torch leaves partly unwritten on a CPU in bfloat16.
+
+    Those are wider than one pixel, with a stride, on a map of a single pixel (torch 2.15 with oneDNN). What lies in
+    that memory is at times NaN, at times a number, so the training would go wrong in silence.
+
+    Raises:
+        UserError: such a convolution meets such a map, for some size of the views.
+    """
+    found: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda m, args, name=name: _note_single_pixel(m, args, name, found))
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and max(module.kernel_size) > 1
+    ]
+    for size in sorted({view.size for view in run.views}):
+        with evaluate.in_eval_mode(backbone):
+            backbone(torch.zeros(1, run.channels, size, size))
+        if found:
+            raise UserError(
+                f"train.precision = 'bf16': on a CPU torch computes wrong gradients for the backbone's {found[0]}, "
+                f"which views of {size} px reach as a single pixel; use 'fp32', larger views or a small-image stem"
+            )
+    for hook in hooks:
+        hook.remove()
+
+
+def _note_single_pixel(module: nn.Module, args: tuple[torch.Tensor, ...], name: str, found: list[str]) -> None:
+    if args[0].shape[-2:] == (1, 1):
+        found.append(name)
 
 
 def _dim(module: nn.Module, attribute: str) -> int:

@@ -137,7 +137,7 @@ def describe(component: str, as_json: bool) -> None:
 @main.command()
 def recipes() -> None:
     """List the recipes that come with sslkit."""
-    from sslkit.recipe import shipped
+    from sslkit.sources import shipped
 
     for name, path in shipped().items():
         first = path.read_text(encoding="utf-8").partition("\n")[0]
@@ -145,22 +145,51 @@ def recipes() -> None:
 
 
 @main.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+def diff(a: str, b: str, as_json: bool) -> None:
+    """Show where two recipes differ, component by component.
+
+    A and B are recipes, by path or shipped name, or directories of runs. They are compared with all defaults spelt out.
+    Exit codes: 0 whether they differ or not, 2 something to mend.
+    """
+    from sslkit.diff import show_diff
+
+    show_diff(a, b, as_json=as_json)
+
+
+@main.command()
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path())
+@click.option("--out", type=click.Path(), default="compare.html", show_default=True, help="The page; overwritten.")
+def compare(runs: tuple[str, ...], out: str) -> None:
+    """Draw loss, kNN, rank and tau of several runs over each other, as one HTML page.
+
+    RUN is a run directory, also of a run that is going on. The page shows in which options the recipes differ, and says
+    which figures do not compare. It needs no network.
+    """
+    from sslkit.compare import compare as write
+
+    write(runs, out)
+
+
+@main.command()
 @click.argument("name")
 @click.argument("to", required=False, type=click.Path())
 def copy(name: str, to: str | None) -> None:
     """Write the shipped recipe NAME to a file, to be edited.  [default: NAME.toml]"""
-    import re
     from pathlib import Path
 
     from sslkit.errors import UserError
-    from sslkit.recipe import locate
+    from sslkit.sources import is_path, locate, read, renamed
 
+    if is_path(name):
+        raise UserError(f"{name}: is a path; this copies recipes that come with sslkit, by name (see `sslkit recipes`)")
     source, target = locate(name), Path(to or f"{name}.toml")
     try:
         with target.open("x", encoding="utf-8") as file:
             # The run directory is named after the recipe: a copy under another name trains in another one.
-            text = source.read_text(encoding="utf-8")
-            file.write(re.sub(r'^name = ".*"$', f'name = "{target.stem}"', text, count=1, flags=re.MULTILINE))
+            file.write(renamed(read(source), target.stem))
     except FileExistsError:
         raise UserError(f"{target}: is there already and was left alone; give another path") from None
     except OSError as error:

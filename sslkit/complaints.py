@@ -8,11 +8,9 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sslkit import registry
+from sslkit.api import Component
 from sslkit.errors import UserError, did_you_mean
-
-Path = tuple[str | int, ...]
-
-_SLOTS = {"projector": "head", "predictor": "head", "observers": "observer"}
+from sslkit.positions import Path
 
 
 def lines(
@@ -57,24 +55,26 @@ def _options(path: Path, tables: dict[str, Any], top: type[BaseModel]) -> list[s
     """The options that the table at `path` may hold."""
     model: type[BaseModel] | None = top
     table: Any = tables
-    for depth, piece in enumerate(path):
+    for piece in path:
         try:
             table = table[piece]
         except (KeyError, IndexError, TypeError):
             return []
-        if isinstance(table, dict) and "use" in table:
-            kind = _SLOTS.get(str(path[0]), str(path[0])) if depth == (path[0] == "observers") else "schedule"
+        if model is not None and isinstance(piece, str):
+            model = _inner_model(model, piece)
+        if model is not None and issubclass(model, Component) and isinstance(table, dict) and "use" in table:
             try:
-                model = registry.load(kind, table["use"])
+                model = registry.load(model.kind, table["use"])
             except UserError:
                 return []
-        elif model is not None and isinstance(piece, str):
-            model = _inner_model(model, piece)
-    extra = ["use"] if isinstance(table, dict) and "use" in table else []
-    return [*(model.model_fields if model else ()), *extra]
+    if model is None:
+        return []
+    extra = ["extends"] if model is top else ["use"] if issubclass(model, Component) else []
+    return [*model.model_fields, *extra]
 
 
 def _inner_model(model: type[BaseModel], name: str) -> type[BaseModel] | None:
+    """The tables that an option takes, alone or in a list: `Schedule` for `lr`, `Observer` for `observers`."""
     if name not in model.model_fields:
         return model  # a key of a mapping, such as a parameter group: its values have the mapping's model
     todo = [model.model_fields[name].annotation]

@@ -53,6 +53,8 @@ class RunInfo:
     """Global: over all processes and micro-batches."""
     world_size: int = 1
     class_names: tuple[str, ...] | None = None
+    labelled: bool = False
+    """Whether the training images have labels."""
     views: tuple[ViewSpec, ...] = ()
 
 
@@ -140,6 +142,10 @@ class LossModule(Protocol):
 
     additive: bool
     """True where the mean of the losses of micro-batches is the loss of the batch; gradient accumulation needs it."""
+    prevents_collapse: bool
+    """True where a constant output is a bad solution of the loss itself (negatives, a variance term, centring). False
+    where only a predictor and a slow target keep it away; `train` then warns of parts that cannot. May be left out: a
+    loss that does not say is not warned of."""
 
     def needs(self, specs: Sequence[ViewSpec]) -> Needs:
         """Which views the loss wants of each branch.

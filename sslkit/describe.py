@@ -101,7 +101,7 @@ def options(cls: type[Component]) -> list[dict[str, Any]]:
             "name": name,
             "type": type_name(info),
             "required": info.is_required(),
-            "default": None if info.is_required() else _toml(info.get_default(call_default_factory=True)),
+            "default": None if info.is_required() else as_toml(info.get_default(call_default_factory=True)),
             "help": " ".join((info.description or "").split()),
         }
         for name, info in cls.model_fields.items()
@@ -151,17 +151,17 @@ def type_name(info: FieldInfo) -> str:
     return " ".join([put(info.annotation), *limits])
 
 
-def _toml(value: Any) -> str:
+def as_toml(value: Any) -> str:
+    """A value as a recipe would have it, on one line; None, which TOML lacks, as `unset`."""
     if value is None:
         return "unset"
-    if isinstance(value, bool):
-        return str(value).lower()
     if isinstance(value, tuple | list):
-        return f"[{', '.join(_toml(v) for v in value)}]"
+        return f"[{', '.join(as_toml(v) for v in value)}]"
     if hasattr(value, "model_dump"):
-        table = value.model_dump(mode="json")
-        return f"{{ {', '.join(f'{k} = {_toml(v)}' for k, v in table.items() if v is not None)} }}"
-    return json.dumps(value)
+        value = value.model_dump(mode="json")
+    if isinstance(value, dict):
+        return f"{{ {', '.join(f'{k} = {as_toml(v)}' for k, v in value.items() if v is not None)} }}"
+    return json.dumps(value, ensure_ascii=False)
 
 
 def _file(cls: type) -> str:

@@ -17,13 +17,16 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from sslkit import checkpoint, doctor, registry
 from sslkit.build import Parts, build, choose_device, resolve_compile
+from sslkit.diff import differences
 from sslkit.errors import RunFailed, SslkitError, UserError
 from sslkit.progress import Display, PatientConsole, say
-from sslkit.recipe import Recipe, differences, parse_recipe, place, read_recipe
+from sslkit.recipe import Recipe, parse_recipe, read_recipe
 from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment, read_metrics
+from sslkit.sources import place
 from sslkit.train import Trainer
 
 INTERRUPTED = 130
@@ -93,7 +96,7 @@ def train(
                 return 0
         with _reported(files, recipe):
             parts = build(recipe, where, partial(say, console))
-            refuse_findings(parts, source, overrides)
+            tell_findings(parts, source, overrides, console)
             return _train(parts, files, steps, console)
 
 
@@ -181,21 +184,39 @@ def _end(trainer: Trainer, status: str) -> None:
             raise
 
 
-def refuse_findings(parts: Parts, source: str, overrides: Sequence[str]) -> None:
-    """Stop before training on anything known to fail that the recipe does not accept by id.
+def tell_findings(parts: Parts, source: str, overrides: Sequence[str], console: Console) -> None:
+    """Before training: warn of what is known to go wrong, and stop on what is sure to.
+
+    Findings that the recipe accepts by id are left out.
 
     Raises:
-        UserError: one line for each such finding.
+        UserError: one line for each finding that is an error.
     """
-    found = doctor.tau_findings(parts.target.tau, parts.run.total_steps)
-    where = place(source, overrides, "target_updater", "tau")
-    lines = [
-        f"{where}: target_updater.tau: {f.text} (to train all the same: train.accept = [{f.id!r}])"
-        for f in found
-        if f.id not in parts.recipe.train.accept
-    ]
-    if lines:
-        raise UserError(*lines)
+    found = [f for f in doctor.findings(_facts(parts)) if f.id not in parts.recipe.train.accept]
+    refused = []
+    for finding in found:
+        where = place(source, overrides, *finding.key)
+        line = f"{where}: {'.'.join(finding.key)}: {finding.text}"
+        if finding.severity == "error":
+            refused.append(f"{line} (to train all the same: train.accept = [{finding.id!r}])")
+        else:
+            say(console, f"warning: {line} (to leave this out: train.accept = [{finding.id!r}])")
+    if refused:
+        raise UserError(*refused)
+
+
+def _facts(parts: Parts) -> doctor.Facts:
+    model = parts.model
+    layers = [m for m in model.online.projector.modules() if next(m.children(), None) is None]
+    return doctor.Facts(
+        total_steps=parts.run.total_steps,
+        tau=parts.target.tau,
+        target=parts.target.source,
+        prevents_collapse=getattr(parts.loss, "prevents_collapse", True),
+        wants_predictions=bool(model.needs.predictions),
+        predictor_learns=model.predictor is not None and any(True for _ in model.predictor.parameters()),
+        projector_normalised=isinstance(layers[-1], (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)),
+    )
 
 
 def view_pixels(parts: Parts) -> float:
@@ -250,7 +271,7 @@ def _compare(recipe: Recipe, earlier: Recipe, path: Path, arguments: Sequence[st
         raise UserError(
             f"{path}: holds a run of another recipe; to train the changed one: "
             f"sslkit train {shlex.join(arguments)} --run-dir {shlex.quote(str(path) + '-2')}",
-            *(f"  {line}" for line in changed),
+            *(f"  {change}" for change in changed),
         )
     return recipe
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from sslkit import doctor
 from sslkit.build import Parts, build, choose_device, resolve_compile
-from sslkit.launch import refuse_findings, view_pixels
+from sslkit.launch import tell_findings, view_pixels
 from sslkit.recipe import read_recipe
 from sslkit.run_directory import RunDirectory
 from sslkit.train import Trainer
@@ -42,7 +42,7 @@ def show_plan(source: str, overrides: Sequence[str], *, device: str) -> None:
     recipe = read_recipe(source, overrides)
     doctor.check_accepted(recipe.train.accept)
     parts = build(recipe, choose_device(device), lambda text: console.print(text, soft_wrap=True))
-    refuse_findings(parts, source, overrides)
+    tell_findings(parts, source, overrides, console)
     run = parts.run
     parts.recipe = resolve_compile(recipe, view_pixels(parts), run.device)
     console.print(parts.recipe.to_toml(), markup=False, soft_wrap=True)

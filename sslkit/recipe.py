@@ -8,14 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-import tomllib
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import tomli_w
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
@@ -26,8 +25,9 @@ from pydantic import (
     StringConstraints,
     ValidationError,
 )
+from pydantic_core import PydanticCustomError
 
-from sslkit import complaints, registry
+from sslkit import complaints, registry, sources
 from sslkit.api import (
     Backbone,
     Component,
@@ -42,13 +42,18 @@ from sslkit.api import (
     components,
     slot,
 )
-from sslkit.errors import UserError, did_you_mean
-from sslkit.positions import lines_of
+from sslkit.errors import UserError
 
 DEFAULT_OBSERVERS = ("health", "knn", "tensorboard")
 """On in every run unless the recipe says `enabled = false`: a loss alone cannot tell good from bad."""
 
 RecipeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+
+
+def _batch_norm(text: str) -> str:
+    if text != "local" and not re.fullmatch(r"split:([2-9]|[1-9]\d+)", text):
+        raise PydanticCustomError("batch_norm", "should be 'local' or 'split:N' with N of 2 or more")
+    return text
 
 
 class Train(BaseModel):
@@ -72,6 +77,10 @@ class Train(BaseModel):
     forward: Literal["separate", "together"] = "separate"
     """`separate` forwards one view at a time, with BatchNorm statistics of one view as in the authors' code;
     `together` forwards all views of one size at once: faster for small batches, other statistics."""
+    batch_norm: Annotated[str, AfterValidator(_batch_norm)] = "local"
+    """`local`: BatchNorm takes its statistics from all images that are forwarded at once. `split:N`: from N equal
+    groups of them apart, as if each lay on a device of its own, and the target sees the images in another order:
+    MoCo's shuffled BatchNorm (He et al. 2020, section 3.3)."""
     compile: Literal["auto"] | bool = "auto"
     """`torch.compile` the views and the networks. `auto` does on a GPU where the run is long enough to win the
     time back; the lock file records what it chose."""
@@ -84,7 +93,12 @@ class Train(BaseModel):
     keep_checkpoints: Annotated[PositiveInt, Incidental] = 3
     """How many of the newest checkpoints to keep, besides the one with the best kNN."""
     accept: Annotated[tuple[str, ...], Incidental] = ()
-    """Findings, by id, that would stop the run before it starts and that this recipe means."""
+    """Findings, by id, that this recipe means: they neither stop the run before it starts nor are warned of."""
+
+    @property
+    def batch_norm_groups(self) -> int:
+        """Groups that BatchNorm takes its statistics from; 1 for all images at once."""
+        return 1 if self.batch_norm == "local" else int(self.batch_norm.partition(":")[2])
 
 
 class Recipe(BaseModel):
@@ -121,11 +135,16 @@ class Recipe(BaseModel):
 
     def to_toml(self) -> str:
         """The recipe with every option spelt out, ready to be trained again. What is unset is left out."""
-        return tomli_w.dumps(_without_none(json.loads(self.model_dump_json())))
+        return tomli_w.dumps(self.tables())
+
+    def tables(self) -> dict[str, Any]:
+        """Every option, as TOML would read it; what is unset is left out."""
+        spelt_out: dict[str, Any] = _without_none(json.loads(self.model_dump_json()))
+        return spelt_out
 
     def computing(self) -> dict[str, Any]:
         """The options that change what the run computes: no cadences, observers, workers or paths."""
-        computed: dict[str, Any] = _without_none(json.loads(self.model_dump_json()))
+        computed = self.tables()
         _drop_incidental(self, computed)
         return computed
 
@@ -150,82 +169,7 @@ class Recipe(BaseModel):
         return [registry.find(kind, name).provenance() for kind, name in sorted(used)]
 
 
-def differences(old: Recipe, new: Recipe) -> list[str]:
-    """One line for each option that computes something and differs: `optimizer.lr: 0.1 -> 0.2`."""
-    before, after = _flat(old.computing()), _flat(new.computing())
-    return [
-        f"{key}: {before.get(key, 'not set')} -> {after.get(key, 'not set')}"
-        for key in [*before, *(k for k in after if k not in before)]
-        if before.get(key) != after.get(key)
-    ]
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return flat
-
-
 # ---------------------------------------------------------------- reading
-
-
-def shipped() -> dict[str, Path]:
-    """The recipes that come with sslkit, by name."""
-    here = Path(__file__).parent
-    installed, checkout = here / "recipes", here.parent / "recipes"
-    folder = installed if installed.is_dir() else checkout
-    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
-
-
-def locate(recipe: str) -> Path:
-    """A recipe's file: a path if it holds `/` or ends in `.toml`, else the name of a shipped recipe.
-
-    Raises:
-        UserError: there is no such file or shipped recipe.
-    """
-    if "/" in recipe or "\\" in recipe or recipe.endswith(".toml"):
-        path = Path(recipe)
-        if path.is_file():
-            return path
-        if path.is_dir():
-            raise UserError(f"{recipe}: is a folder; give a recipe file in it")
-        near = did_you_mean(path.stem, shipped())
-        raise UserError(f"{recipe}: no such recipe file{near and near + ' (a shipped recipe, without .toml)'}")
-    known = shipped()
-    if recipe not in known:
-        raise UserError(
-            f"{recipe}: no shipped recipe has this name{did_you_mean(recipe, known)} ({', '.join(known)}); "
-            "a file's path ends in .toml"
-        )
-    return known[recipe]
-
-
-def place(source: str, overrides: Sequence[str], *keys: str) -> str:
-    """`recipe.toml:7`, or the override, for the nearest key at or above the given ones."""
-    path = locate(source)
-    text = path.read_text(encoding="utf-8")
-    origin = Origin(str(path), lines_of(text))
-    _override(tomllib.loads(text), overrides, origin)
-    return origin.of(keys)
-
-
-@dataclass
-class Origin:
-    """Where each key of a recipe was written, for errors that point there."""
-
-    file: str
-    lines: Mapping[tuple[str | int, ...], int] = field(default_factory=dict)
-    overridden: dict[tuple[str | int, ...], str] = field(default_factory=dict)
-
-    def of(self, path: tuple[str | int, ...]) -> str:
-        """`recipe.toml:7` or `--set key=value` for the nearest key at or above `path`."""
-        for length in range(len(path), -1, -1):
-            if path[:length] in self.overridden:
-                return f"--set {self.overridden[path[:length]]}"
-            if path[:length] in self.lines:
-                return f"{self.file}:{self.lines[path[:length]]}"
-        return f"{self.file}:1"
 
 
 def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
@@ -234,25 +178,17 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: one line for each thing that is wrong, all at once.
     """
-    path = locate(source)
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
-    return parse_recipe(text, str(path), overrides)
+    path = sources.locate(source)
+    return parse_recipe(sources.read(path), str(path), overrides)
 
 
 def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
-    """As `read_recipe`, from text; `file` is the name that errors show."""
-    try:
-        tables = tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
-        raise UserError(_syntax_error(file, error)) from None
-    origin = Origin(file, lines_of(text))
-    _override(tables, overrides, origin)
+    """As `read_recipe`, from text; `file` is the name that errors show, and where a path that it extends starts."""
+    tables, origin = sources.resolve(text, file, overrides)
     tables.setdefault("name", Path(file).stem.removesuffix(".lock"))
+    for name, info in Recipe.model_fields.items():
+        if info.default is None and tables.get(name) is False:
+            del tables[name]  # TOML has no null: `predictor = false` takes the base's predictor away
     observers = tables.setdefault("observers", [])
     if isinstance(observers, list):
         used = [o.get("use") for o in observers if isinstance(o, dict)]
@@ -261,68 +197,6 @@ def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
         return Recipe.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
         raise UserError(*complaints.lines(error, tables, origin.of, Recipe)) from None
-
-
-def _syntax_error(file: str, error: Exception) -> str:
-    text = str(error)
-    if match := re.search(r" \(at line (\d+), column (\d+)\)$", text):
-        return f"{file}:{match[1]}: not valid TOML: {text[: match.start()]} (column {match[2]})"
-    return f"{file}: not valid TOML: {text.removesuffix(' (at end of document)') or 'nested too deeply'}"
-
-
-# ---------------------------------------------------------------- --set
-
-
-def _override(tables: dict[str, Any], overrides: Iterable[str], origin: Origin) -> None:
-    """Apply `--set`: a changed `use` first, since it resets the rest of its table."""
-    parsed = []
-    for override in overrides:
-        key, equals, raw = override.partition("=")
-        keys = tuple(key.strip().split("."))
-        if not equals or not all(keys):
-            raise UserError(f"--set {override}: should read key=value, such as train.batch_size=64")
-        parsed.append((keys, _typed(raw.strip()), override))
-    for keys, value, override in sorted(parsed, key=lambda item: item[0][-1] != "use"):
-        _set(tables, keys, value, override, origin)
-
-
-def _typed(raw: str) -> object:
-    """A value as TOML reads it; a bare word is a string."""
-    try:
-        return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
-        return raw
-
-
-def _set(tables: dict[str, Any], keys: tuple[str, ...], value: object, override: str, origin: Origin) -> None:
-    table: Any = tables
-    path: tuple[str | int, ...] = ()
-    rest = list(keys)
-    if rest[0] == "observers" and len(rest) > 1:
-        observers = tables.setdefault("observers", [])
-        name = rest[1]
-        if not isinstance(observers, list):
-            return  # a mistake in the file, which validation tells
-        at = next((i for i, o in enumerate(observers) if isinstance(o, dict) and o.get("use") == name), len(observers))
-        if at == len(observers):
-            observers.append({"use": name})
-            origin.overridden["observers", at] = override
-        table, path, rest = observers[at], ("observers", at), rest[2:]
-        if not rest or rest == ["use"]:
-            raise UserError(f"--set {override}: should name an option, such as observers.{name}.enabled=false")
-    for key in rest[:-1]:
-        path = (*path, key)
-        if not isinstance(table.get(key), dict):
-            table[key] = {}
-            origin.overridden[path] = override
-        table = table[key]
-    if rest[-1] == "use" and table.get("use") != value:
-        table.clear()
-        origin.overridden[path] = override
-        for below in [p for p in origin.lines if p[: len(path)] == path and len(p) > len(path)]:
-            del origin.lines[below]  # type: ignore[attr-defined]
-    table[rest[-1]] = value
-    origin.overridden[(*path, rest[-1])] = override
 
 
 # ---------------------------------------------------------------- writing
@@ -336,10 +210,17 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _drop_incidental(model: BaseModel, dumped: dict[str, Any]) -> None:
-    for name, info in type(model).model_fields.items():
-        value = getattr(model, name)
-        if Incidental in info.metadata:
-            dumped.pop(name, None)
-        elif isinstance(value, BaseModel) and isinstance(dumped.get(name), dict):
-            _drop_incidental(value, dumped[name])
+def _drop_incidental(value: Any, dumped: Any) -> None:
+    if isinstance(value, BaseModel) and isinstance(dumped, dict):
+        for name, info in type(value).model_fields.items():
+            if Incidental in info.metadata:
+                dumped.pop(name, None)
+            elif name in dumped:
+                _drop_incidental(getattr(value, name), dumped[name])
+    elif isinstance(value, Mapping):
+        for name, inner in value.items():
+            if name in dumped:
+                _drop_incidental(inner, dumped[name])
+    elif isinstance(value, list | tuple) and len(value) == len(dumped):
+        for inner, table in zip(value, dumped, strict=True):
+            _drop_incidental(inner, table)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sslkit.api import TargetModule
 from sslkit.batch import Branches, Needs, ViewSpec
+from sslkit.nn import precise, split_batch_norm
 
 
 class Encoder(nn.Module):
@@ -36,12 +37,21 @@ class Siamese(nn.Module):
         specs: tuple[ViewSpec, ...],
         needs: Needs,
         forward_views: Literal["separate", "together"] = "separate",
+        batch_norm_groups: int = 1,
     ) -> None:
         super().__init__()
+        if batch_norm_groups > 1:
+            for part, network in (("backbone", encoder.backbone), ("projector", encoder.projector),
+                                  ("predictor", predictor)):  # fmt: skip
+                if network is not None:
+                    split_batch_norm(network, batch_norm_groups, part)
         self.online, self.predictor = encoder, predictor
         self.target = updater.make(encoder)
         self.reuse_online = updater.source == "online"
         self.specs, self.needs, self.together = specs, needs, forward_views == "together"
+        self.shuffles = batch_norm_groups > 1 and self.target is not None
+        """Whether the target sees the batch in another order, so that no group holds the same images in both branches:
+        shuffled BatchNorm (MoCo; He et al. 2020, section 3.3)."""
 
     def forward(self, views: Sequence[Tensor]) -> Branches:
         """V views `[B, C, h, w]` -> what every branch makes of them."""
@@ -57,14 +67,21 @@ class Siamese(nn.Module):
         targets: list[Tensor | None] = [None] * count
         if self.target is not None:
             with torch.no_grad():
-                seen = self._each(self.target, views, needs.targets)
+                seen = self._each(self._shuffled if self.shuffles else self.target, views, needs.targets)
             targets = [None if s is None else s[1] for s in seen]
         elif self.reuse_online:
             targets = [
                 p.detach() if p is not None and view in needs.targets else None for view, p in enumerate(projections)
             ]
-        # Whatever the networks computed in, losses are computed in float32.
-        return Branches(self.specs, _float(embeddings), _float(projections), _float(predictions), _float(targets))
+        return Branches(
+            self.specs, _precise(embeddings), _precise(projections), _precise(predictions), _precise(targets)
+        )
+
+    def _shuffled(self, views: Tensor) -> tuple[Tensor, ...]:
+        """The target's outputs for views that it is given in a random order, put back into theirs."""
+        order = torch.randperm(len(views), device=views.device)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        return tuple(out.index_select(0, back) for out in cast(nn.Module, self.target)(views.index_select(0, order)))
 
     def _each(self, network: Callable[..., Any], inputs: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Any]:
         """`network` of the wanted inputs: one by one, or all of one shape in one call."""
@@ -88,5 +105,5 @@ class Siamese(nn.Module):
         return outputs
 
 
-def _float(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    return [None if t is None else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+def _precise(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    return [None if t is None else precise(t) for t in tensors]

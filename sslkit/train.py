@@ -20,6 +20,9 @@ from sslkit.errors import RunFailed
 from sslkit.events import Bus
 from sslkit.run_directory import RunDirectory
 
+HOOKS = ("before_step", "after_backward", "after_step")
+"""Methods that any module of a head, a loss or a target updater may have; each is given the completed updates."""
+
 
 class Trainer:
     """A run in progress: the parts, the position, and what observers see of it (`sslkit.events.Run`)."""
@@ -46,11 +49,7 @@ class Trainer:
         # Not the target's copies: they have no gradients, and only the updater moves them.
         tops = (self.model.online, self.model.predictor, self.loss, parts.updater)
         self.hooked = [
-            m
-            for top in tops
-            if top is not None
-            for m in top.modules()
-            if hasattr(m, "after_backward") or hasattr(m, "after_step")
+            m for top in tops if top is not None for m in top.modules() if any(hasattr(m, hook) for hook in HOOKS)
         ]
         self.masks_on_device = self.device.type != "cpu"
         """Leave steps that are not finite out by arithmetic: asking would make the host wait for the device."""
@@ -118,6 +117,7 @@ class Trainer:
         for group, values in zip(self.optimizer.param_groups, self.parts.values, strict=True):
             group["lr"], group["weight_decay"] = values.lr(self.step), values.weight_decay(self.step)
         self.optimizer.zero_grad(set_to_none=True)
+        self._call("before_step")
 
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")

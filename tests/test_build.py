@@ -110,3 +110,14 @@ def test_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert choose_device("auto").type == "cpu"
     with pytest.raises(UserError, match="no CUDA device"):
         choose_device("cuda")
+
+
+STRIDED = ["train.precision=bf16", "backbone.widths=[4, 4, 4, 4, 4, 4]", "backbone.strides=[2, 2, 2, 2, 2, 2]"]
+
+
+def test_convolutions_that_bf16_breaks_on_a_cpu_are_refused() -> None:
+    """Sides of 16, 8, 4, 2, 1, and the sixth convolution strides over a single pixel."""
+    with pytest.raises(UserError, match=r"wrong gradients for the backbone's .*views of 16 px reach as a single pixel"):
+        build(recipe(*STRIDED), CPU, print)
+    build(recipe(*STRIDED, "train.precision=fp32"), CPU, print)
+    build(recipe("train.precision=bf16"), CPU, print)

@@ -100,6 +100,8 @@ def test_recipes_are_listed_and_copied_but_never_over_a_file(tmp_path: Path) -> 
         (('[predictor]\nuse = "mlp"\nhidden_dim = 16\nout_dim = 8\n', ""), "the recipe has no [predictor]"),
         (('use = "ema"\ntau = { use = "cosine", start = 0.9, end = 1.0 }', 'use = "none"'), "needs a target branch"),
         (("batch_size = 128", "batch_size = 128\naccumulate = 3"), "does not divide"),
+        (("batch_size = 128", 'batch_size = 128\nbatch_norm = "split:3"'), "cannot be split into 3 equal groups"),
+        (("batch_size = 128", 'batch_size = 128\nbatch_norm = "split"'), "should be 'local' or 'split:N' with N of 2"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(tiny: Path, change: tuple[str, str], says: str) -> None:
@@ -118,6 +120,19 @@ def test_a_tau_that_is_meant_is_accepted_by_its_id(tiny: Path) -> None:
     assert f"tiny.toml:{line}: target_updater.tau: tau is 1.02366442 at step 7 of 20, above 1" in refused.stderr
     accepted = run("train", str(tiny), "--set", "train.accept=['tau_above_one']", "--steps", "2")
     assert accepted.exit_code == 0, accepted.output
+
+
+def test_a_part_swapped_on_its_own_is_warned_of_and_trained(tiny: Path) -> None:
+    """BYOL's heads without EMA; a line, not an end."""
+    swapped = run("train", str(tiny), "--set", "target_updater.use=stop_gradient", "--steps", "2", "--run-dir", "a")
+    assert swapped.exit_code == 0, swapped.output
+    said = " ".join(swapped.output.split())
+    assert "warning: --set target_updater.use=stop_gradient: target_updater: the target is the online network" in said
+    assert "simsiam_cifar10" in said
+    assert said.index("warning:") < said.index("epochs of 10 steps"), "before it starts"
+    words = ["--set", "target_updater.use=stop_gradient", "--set", "train.accept=['ema_missing']", "--dry-run"]
+    assert "warning" not in run("train", str(tiny), *words).output, "what is meant is not warned of"
+    assert "warning" not in run("train", str(tiny), "--dry-run").output
 
 
 def test_mistakes_are_told_before_any_data_is_touched(tiny: Path) -> None:

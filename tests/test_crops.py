@@ -88,7 +88,7 @@ def test_equals_torchvision(side: int, options: dict) -> None:
         for i in range(n):
             crop = torchvision_crop(images[i], p, i, v, size)
             assert (crops[v][i] - crop).abs().max() < 1e-5  # measured: 3e-6
-            view = torchvision_colors(crop, p, i, v, maker.blur_kernel)
+            view = torchvision_colors(crop, p, i, v, maker.appearances[v][1].blur_kernel)
             assert (views[v][i] - view).abs().max() < 0.01 / 255  # measured: .0012 / 255
         assert (views[v] - static[v]).abs().max() < 4e-6  # measured: 5e-7
 
@@ -107,7 +107,7 @@ def test_large_images_need_no_table() -> None:
     maker = TwoCrops(size=48).build(run_info(150))
     images, p = pictures(3, 150), maker.draw(3, generator())
     crops = maker.crop(images, p)
-    assert "table" not in vars(maker.cropper)
+    assert "table" not in vars(maker.croppers[48])
     for v in VIEWS:
         for i in range(3):
             assert (crops[v][i] - torchvision_crop(images[i], p, i, v, 48)).abs().max() < 1e-4
@@ -228,7 +228,7 @@ def test_close_to_pillow() -> None:
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.2, 3.0)])
 def test_boxes_are_distributed_as_torchvisions(ratio: tuple[float, float]) -> None:
     n, image = 2000, torch.empty(3, 32, 32)
-    ours = geometry.draw_boxes(n, 2, 32, (0.08, 1.0), ratio, generator()).view(-1, 4).double()
+    ours = geometry.Boxes(32, [(0.08, 1.0)] * 2, [ratio] * 2).draw(n, generator()).view(-1, 4).double()
     torch.manual_seed(0)
     drawn = [RandomResizedCrop.get_params(image, [0.08, 1.0], list(ratio)) for _ in range(2 * n)]
     theirs = torch.tensor(drawn, dtype=torch.float64)
@@ -248,7 +248,7 @@ def test_boxes_are_distributed_as_torchvisions(ratio: tuple[float, float]) -> No
     seed=st.integers(0, 10**6),
 )
 def test_boxes_lie_within_the_image(side: int, scale: list, ratio: list, seed: int) -> None:
-    boxes = geometry.draw_boxes(50, 2, side, tuple(scale), tuple(ratio), generator(seed))
+    boxes = geometry.Boxes(side, [tuple(scale)] * 2, [tuple(ratio)] * 2).draw(50, generator(seed))
     top, left, height, width = boxes.unbind(-1)
     assert min(top.min(), left.min()) >= 0
     assert min(height.min(), width.min()) >= 1
@@ -257,7 +257,7 @@ def test_boxes_lie_within_the_image(side: int, scale: list, ratio: list, seed: i
 
 @pytest.mark.parametrize("ratio", [(3.0, 4.0), (0.2, 0.3)])
 def test_a_box_that_never_fits_is_central_as_in_torchvision(ratio: tuple[float, float]) -> None:
-    ours = geometry.draw_boxes(5, 2, 33, (1.0, 1.0), ratio, generator())
+    ours = geometry.Boxes(33, [(1.0, 1.0)] * 2, [ratio] * 2).draw(5, generator())
     theirs = RandomResizedCrop.get_params(torch.empty(3, 33, 33), [1.0, 1.0], list(ratio))
     assert (ours == torch.tensor(theirs)).all()
 
@@ -441,7 +441,8 @@ def test_images_of_another_shape_are_refused() -> None:
 
 
 def test_default_kernel_is_a_tenth_of_the_view() -> None:
-    kernels = {size: TwoCrops(size=size).build(run_info(224)).blur_kernel for size in (16, 32, 64, 96, 224)}
+    makers = {size: TwoCrops(size=size).build(run_info(224)) for size in (16, 32, 64, 96, 224)}
+    kernels = {size: maker.appearances[0][1].blur_kernel for size, maker in makers.items()}
     assert kernels == {16: 3, 32: 3, 64: 7, 96: 9, 224: 23}
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit.doctor import check_accepted, tau_findings
+from sslkit.doctor import Facts, check_accepted, findings, tau_findings
 from sslkit.errors import UserError
 
 steps = st.integers(1, 400)
@@ -44,6 +44,52 @@ def test_an_updater_without_tau_has_no_findings() -> None:
 
 
 def test_only_findings_that_exist_can_be_accepted() -> None:
-    check_accepted(["tau_above_one", "tau_falls"])
+    check_accepted(["tau_above_one", "ema_missing"])
     with pytest.raises(UserError, match="'tau_fall' is no finding; did you mean 'tau_falls'"):
         check_accepted(["tau_fall"])
+
+
+def facts(**changes: object) -> Facts:
+    """BYOL as it should be, but for the changes."""
+    byol: dict[str, object] = {
+        "total_steps": 100, "tau": lambda k: 0.99 + k / 10_000, "target": "copy", "prevents_collapse": False,
+        "wants_predictions": True, "predictor_learns": True, "projector_normalised": False,
+    }  # fmt: skip
+    return Facts(**(byol | changes))  # type: ignore[arg-type]
+
+
+def told(**changes: object) -> list[str]:
+    return [f.id for f in findings(facts(**changes))]
+
+
+def no_tau(step: int) -> None:
+    return None
+
+
+def test_byol_and_simsiam_are_healthy() -> None:
+    assert told() == []
+    assert told(target="online", tau=no_tau, projector_normalised=True) == []
+
+
+@pytest.mark.parametrize(
+    ("swap", "known"),
+    [
+        ({"target": "online", "tau": no_tau}, "ema_missing"),
+        ({"predictor_learns": False}, "predictor_missing"),
+        ({"tau": lambda k: 0.004}, "tau_low"),
+        ({"tau": lambda k: 1.0}, "target_frozen"),
+    ],
+)
+def test_a_part_swapped_on_its_own_is_warned_of(swap: dict[str, object], known: str) -> None:
+    assert told(**swap) == [known]
+    assert all(f.severity == "warning" for f in findings(facts(**swap)))
+    assert told(**swap, prevents_collapse=True) == [], "a loss with negatives of its own needs none of these parts"
+
+
+def test_the_share_that_was_meant_is_named() -> None:
+    (found,) = findings(facts(tau=lambda k: 0.004))
+    assert "set 0.996" in found.text
+
+
+def test_errors_come_first() -> None:
+    assert told(tau=lambda k: 0.4 if k < 50 else 1.5, predictor_learns=False)[0] == "tau_above_one"

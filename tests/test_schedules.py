@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import pickle
 from itertools import pairwise
@@ -14,7 +15,8 @@ from pydantic import ValidationError
 
 from sslkit.api import RunInfo
 from sslkit.errors import UserError
-from sslkit_schedules import Constant, Cosine, Linear, Step, WarmupCosine
+from sslkit_ema import EMA
+from sslkit_schedules import Constant, Cosine, Linear, Piecewise, Step, WarmupCosine
 
 numbers = st.floats(-1e6, 1e6)
 lengths = st.integers(1, 1_000_000)
@@ -130,6 +132,130 @@ def test_step_refuses_milestones_out_of_order_or_range(milestones: tuple[float, 
         Step(start=1.0, milestones=milestones)
 
 
+def reference(points: list[tuple[float, float]], shape: str, k: float) -> float:
+    """The definition, point by point, without care for rounding."""
+    for (p, a), (q, b) in pairwise(points):
+        if p <= k < q:
+            x = (k - p) / (q - p)
+            return {"linear": a + (b - a) * x, "cosine": b - (b - a) * (math.cos(math.pi * x) + 1) / 2, "step": a}[
+                shape
+            ]
+    return points[0][1] if k < points[0][0] else points[-1][1]
+
+
+shapes = pytest.mark.parametrize("shape", ["linear", "cosine", "step"])
+
+
+@shapes
+@given(
+    values=st.lists(numbers, min_size=2, max_size=6),
+    K=st.integers(6, 1_000_000),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_piecewise_meets_its_points_and_stays_between_them(shape: Any, values: list[float], K: int, data: Any):
+    steps = sorted(data.draw(st.sets(st.integers(0, K), min_size=len(values), max_size=len(values))))
+    points = [(float(s), v) for s, v in zip(steps, values, strict=True)]
+    value = Piecewise(points=tuple(points), unit="steps", shape=shape).build(run(K))
+    assert [value(s) for s in steps] == values
+    assert value(0) == values[0]
+    assert value(K) == value(K + 7) == values[-1]
+    k = data.draw(st.integers(0, K))
+    assert value(k) == pytest.approx(reference(points, shape, k), abs=1e-9 * max(map(abs, values)))
+    if steps[0] <= k < steps[-1]:
+        i = max(i for i, s in enumerate(steps) if s <= k)
+        low, high = sorted(values[i : i + 2])
+        assert low <= value(k) <= high
+
+
+def test_piecewise_never_rounds_beyond_its_points():
+    K = 10**10  # where the formula leaves the interval: see test_bounds_hold_where_the_formula_rounds_out_of_them
+    tau = Piecewise(points=((0.0, 0.1), (1.0, 10.0)), shape="cosine").build(run(K))
+    assert tau(1) == 0.1
+
+
+def test_piecewise_is_dinos_teacher_temperature():
+    temperature = Piecewise(points=((0.0, 0.04), (30.0, 0.07)), unit="epochs").build(run(1000, steps_per_epoch=10))
+    for k in range(1001):
+        assert temperature(k) == pytest.approx(0.04 + (0.07 - 0.04) * min(k / 300, 1), abs=1e-15)
+
+
+@pytest.mark.parametrize(
+    ("piecewise", "same"),
+    [
+        (Piecewise(points=((0.0, 0.3), (1.0, 0.1))), Linear(start=0.3, end=0.1)),
+        (Piecewise(points=((0.0, 0.3), (1.0, 0.1)), shape="cosine"), Cosine(start=0.3, end=0.1)),
+        (
+            Piecewise(points=((0.0, 1.0), (0.29, 0.5), (0.8, 0.25)), shape="step"),
+            Step(start=1.0, milestones=(0.29, 0.8), factor=0.5),
+        ),
+    ],
+)
+def test_piecewise_of_two_ends_is_the_schedule_of_that_shape(piecewise: Any, same: Any):
+    for K in (1, 7, 100, 1000):
+        a, b = piecewise.build(run(K)), same.build(run(K))
+        assert [a(k) for k in range(K + 1)] == [b(k) for k in range(K + 1)]
+
+
+@shapes
+def test_piecewise_counts_in_fractions_in_epochs_or_in_steps(shape: Any):
+    points = {"fraction": (0.05, 0.25, 1.0), "epochs": (0.5, 2.5, 10.0), "steps": (5.0, 25.0, 100.0)}
+    curves = [
+        Piecewise(points=tuple(zip(positions, (1.0, 3.0, 2.0), strict=True)), unit=unit, shape=shape).build(run(100))  # type: ignore[arg-type]
+        for unit, positions in points.items()
+    ]
+    for k in range(101):
+        assert len({curve(k) for curve in curves}) == 1
+
+
+@shapes
+def test_fractions_keep_their_shape_in_a_longer_run(shape: Any):
+    spec = Piecewise(points=((0.1, 1.0), (0.3, 3.0), (0.9, 2.0)), shape=shape)
+    short, long = spec.build(run(100)), spec.build(run(10_000))
+    assert [short(k) for k in range(101)] == pytest.approx([long(100 * k) for k in range(101)])
+
+
+def test_of_points_on_the_same_step_the_last_counts():
+    value = Piecewise(points=((0.0, 1.0), (0.5, 2.0), (0.501, 7.0), (1.0, 8.0))).build(run(10))
+    assert [value(k) for k in (0, 4, 5, 10)] == pytest.approx([1.0, 1.8, 7.0, 8.0])
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"points": (0.9, 1.0)}, r"pairs of a position and a value, \[\[0\.0"),
+        ({"points": ((0.0, 0.9), (1.0,))}, "pairs of"),
+        ({"points": ((0.0, 0.9), (1.0, True))}, "pairs of"),
+        ({"points": 3.0}, "pairs of"),
+        ({"points": ((0.0, 1.0),)}, "two or more"),
+        ({"points": ((0.0, 1.0), (0.0, 2.0))}, "rising position"),
+        ({"points": ((0.5, 1.0), (0.2, 2.0))}, "rising position"),
+        ({"points": ((-0.1, 1.0), (0.2, 2.0))}, "before position 0"),
+        ({"points": ((0.0, 0.04), (30.0, 0.07))}, "unit = 'epochs'"),
+        ({"points": ((0.0, 1.0), (2.5, 2.0)), "unit": "steps"}, "whole numbers"),
+        ({"points": ((0.0, 1.0), (1.0, math.inf))}, "finite"),
+    ],
+)
+def test_piecewise_refuses_points_that_make_no_curve(options: dict[str, Any], text: str):
+    with pytest.raises(ValidationError, match=text):
+        Piecewise(**options)
+
+
+@pytest.mark.parametrize(("unit", "end"), [("epochs", 10.1), ("steps", 101.0)])
+def test_piecewise_refuses_points_beyond_the_run(unit: Any, end: float):
+    late = Piecewise(points=((0.0, 0.04), (end, 0.07)), unit=unit)
+    with pytest.raises(UserError, match=rf"point at {end:g} {unit} lies beyond the end .*10 epochs of 10 steps"):
+        late.build(run(100))
+    assert late.build(run(1000))(101) == 0.07
+
+
+def test_a_recipe_writes_points_as_lists():
+    table = '{"use": "piecewise", "points": [[0, 0.04], [0.3, 0.07]], "shape": "step"}'
+    tau = EMA.model_validate_json(f'{{"tau": {table}}}').tau
+    assert tau == Piecewise(points=((0.0, 0.04), (0.3, 0.07)), shape="step")
+    assert EMA.model_validate_json(json.dumps({"tau": tau.model_dump(mode="json")})).tau == tau
+
+
 def test_constant():
     value = Constant(value=0.99).build(run())
     assert {value(k) for k in (0, 1, 1000, 5000)} == {0.99}
@@ -143,6 +269,7 @@ def test_constant():
         Cosine(start=0.0, end=1.0),
         Step(start=1.0, milestones=(0.5,)),
         WarmupCosine(peak=1.0, warmup_steps=5),
+        Piecewise(points=((0.1, 0.0), (0.9, 1.0)), shape="cosine"),
     ],
 )
 def test_a_built_schedule_survives_pickling(schedule: Any):

@@ -96,3 +96,47 @@ def test_micro_batches_join_to_the_batch() -> None:
     assert found.labels is None
     assert isinstance(found, Branches)
     assert not found.predictions[0].requires_grad  # type: ignore[union-attr]
+
+
+class Recorder(nn.Module):
+    """Remembers what it was given; BatchNorm after it, so that groups can be told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(3)
+        self.seen: list[torch.Tensor] = []
+
+    def forward(self, view: torch.Tensor) -> torch.Tensor:
+        self.seen.append(view.detach().clone())
+        return self.norm(view.flatten(1)[:, :3])
+
+
+def split(groups: int) -> Siamese:
+    torch.manual_seed(0)
+    needs = Needs(projections=(0,), targets=(0,))
+    return Siamese(Encoder(Recorder(), nn.Identity()), None, Copied(), (ViewSpec(1),), needs, "separate", groups)  # type: ignore[arg-type]
+
+
+def test_split_batch_norm_normalises_each_group_apart() -> None:
+    images = torch.randn(8, 3, 1, 1) * torch.arange(1, 9).view(8, 1, 1, 1)
+    (projection,) = split(4)([images]).projections
+    assert projection is not None
+    pairs = projection.detach().view(4, 2, 3)
+    torch.testing.assert_close(pairs.mean(1), torch.zeros(4, 3), atol=1e-5, rtol=0)
+    assert (split(1)([images]).projections[0].view(4, 2, 3).mean(1).abs() > 0.1).any()  # type: ignore[union-attr]
+
+
+def test_the_target_sees_other_groups_and_answers_in_order() -> None:
+    images = torch.arange(8.0).view(8, 1, 1, 1).expand(8, 3, 1, 1)
+    model = split(4)
+    model.eval()  # running statistics: what comes out then depends on the image alone
+    torch.manual_seed(1)
+    found = model([images])
+    seen = model.target.backbone.seen[-1][:, 0, 0, 0]  # type: ignore[union-attr]
+    assert not torch.equal(seen, images[:, 0, 0, 0]), "shuffled"
+    assert torch.equal(seen.sort().values, images[:, 0, 0, 0])
+    assert torch.equal(found.targets[0], found.projections[0].detach()), "and put back"  # type: ignore[union-attr, arg-type]
+    assert torch.equal(model.online.backbone.seen[-1], images)  # type: ignore[union-attr]
+    torch.manual_seed(1)
+    model([images])
+    assert torch.equal(model.target.backbone.seen[-1][:, 0, 0, 0], seen), "keyed by the seed of the step"  # type: ignore[union-attr]

@@ -218,7 +218,7 @@ def test_masking_on_the_device_changes_nothing_else(trainer: Callable[..., Train
     assert torch.allclose(weights(one.model), weights(other.model), atol=1e-6)
 
 
-def test_hooks_come_after_the_backward_pass_and_after_the_step_and_not_on_the_target(
+def test_hooks_come_before_the_step_after_the_backward_pass_and_after_the_step_and_not_on_the_target(
     trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     called: list[tuple[str, int, bool]] = []
@@ -226,14 +226,19 @@ def test_hooks_come_after_the_backward_pass_and_after_the_step_and_not_on_the_ta
     def backward(self: nn.Module, step: int) -> None:
         called.append(("after_backward", step, all(p.grad is not None for p in self.parameters())))
 
+    def begun(self: nn.Module, step: int) -> None:
+        called.append(("before_step", step, all(p.grad is None for p in self.parameters())))
+
     def stepped(self: nn.Module, step: int) -> None:
         called.append(("after_step", step, True))
 
     head = type(trainer(folder="probe").model.online.projector)
+    monkeypatch.setattr(head, "before_step", begun, raising=False)
     monkeypatch.setattr(head, "after_backward", backward, raising=False)
     monkeypatch.setattr(head, "after_step", stepped, raising=False)
     steps(trainer(), 2)
-    two = [[("after_backward", k, True)] * 2 + [("after_step", k, True)] * 2 for k in (0, 1)]
+    hooks = ("before_step", "after_backward", "after_step")
+    two = [[(hook, k, True) for hook in hooks for _ in range(2)] for k in (0, 1)]
     assert called == two[0] + two[1], "projector and predictor, and not the target's projector"
 
 

@@ -26,8 +26,11 @@ class Cosine(Loss):
 
     form: Literal["byol", "simsiam"] = "byol"
     """`byol`: the sum of 2 - 2 cos over the ordered pairs of views; `simsiam`: the mean of -cos."""
+    targets: Literal["each", "mean"] = "each"
+    """`each`: every other global view is a target of its own. `mean`: one target for each view, the mean of the others'
+    target projections (FastSiam; Pototzky et al. 2022, section 3); with two views there is no difference."""
 
     def build(self, dim: int, run: RunInfo) -> nn.Module:
         from sslkit_cosine.loss import CosineLoss
 
-        return CosineLoss(self.form)
+        return CosineLoss(self.form, self.targets)

@@ -2,43 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from sslkit.batch import Branches, LossTerms, Needs, ViewSpec
-from sslkit.errors import UserError
-
-EPS = 1e-6
-"""Least norm that a vector is divided by: BYOL's code bounds the squared norm by 1e-12."""
-
-
-def pairs(specs: Sequence[ViewSpec]) -> list[tuple[int, int]]:
-    """Ordered pairs of different views: (predicted from, target), where the target is a global view."""
-    return [
-        (view, target)
-        for view in range(len(specs))
-        for target, spec in enumerate(specs)
-        if spec.kind == "global" and target != view
-    ]
-
-
-def unit(vectors: Tensor) -> Tensor:
-    """Vectors `[B, d]` of length 1, in float32 or better: half precision overflows in the sum of squares."""
-    return F.normalize(vectors.to(torch.promote_types(vectors.dtype, torch.float32)), dim=-1, eps=EPS)
+from sslkit.nn import chosen, pairs, precise, sides, unit
 
 
 class CosineLoss(nn.Module):
-    """Branches -> 2 - 2 cos summed (`byol`) or -cos averaged (`simsiam`) over ordered pairs of views."""
+    """Branches -> 2 - 2 cos summed (`byol`) or -cos averaged (`simsiam`) over views and their targets."""
 
     additive = True
+    prevents_collapse = False
 
-    def __init__(self, form: Literal["byol", "simsiam"]) -> None:
+    def __init__(self, form: Literal["byol", "simsiam"], targets: Literal["each", "mean"]) -> None:
         super().__init__()
-        self.form = form
+        self.form, self.averages = form, targets == "mean"
 
     def needs(self, specs: Sequence[ViewSpec]) -> Needs:
         """Predictions of every view that has a partner, targets of every global view.
@@ -46,13 +28,7 @@ class CosineLoss(nn.Module):
         Raises:
             UserError: no view has a partner.
         """
-        paired = pairs(specs)
-        if not paired:
-            raise UserError(
-                "loss 'cosine' compares two or more views, one of them global, and the view generator makes "
-                f"{len(specs)}; choose a view_generator such as 'two_crops'"
-            )
-        predicted, targets = (tuple(sorted(set(views))) for views in zip(*paired, strict=True))
+        predicted, targets = sides(pairs(specs, "cosine"))
         return Needs(predictions=predicted, targets=targets)
 
     def forward(self, branches: Branches) -> LossTerms:
@@ -61,34 +37,23 @@ class CosineLoss(nn.Module):
         Raises:
             UserError: a view has no prediction or no target projection.
         """
-        paired = pairs(branches.specs)
-        predictions = {
-            view: unit(vectors)
-            for view, vectors in _present(
-                branches.predictions, {view for view, _ in paired}, "prediction", "a predictor ('identity' for none)"
-            )
-        }
-        targets = {
-            view: unit(vectors.detach())
-            for view, vectors in _present(
-                branches.targets,
-                {target for _, target in paired},
-                "target projection",
-                "a target_updater with a target",
-            )
-        }
-        similarities = [(predictions[view] * targets[target]).sum(-1).mean() for view, target in paired]
+        paired = pairs(branches.specs, "cosine")
+        needs = self.needs(branches.specs)
+        predicted = chosen(branches.predictions, needs.predictions, "loss 'cosine' has no prediction")
+        projected = chosen(branches.targets, needs.targets, "loss 'cosine' has no target projection")
+        predictions = dict(zip(needs.predictions, map(unit, predicted), strict=True))
+        targets = {view: precise(t.detach()) for view, t in zip(needs.targets, projected, strict=True)}
+        if self.averages:
+            partners = [(view, [target for v, target in paired if v == view]) for view in needs.predictions]
+        else:
+            partners = [(view, [target]) for view, target in paired]
+        similarities = [
+            (predictions[view] * unit(torch.stack([targets[o] for o in others]).mean(0))).sum(-1).mean()
+            for view, others in partners
+        ]
         cosine = torch.stack(similarities)
         total = (2 - 2 * cosine).sum() if self.form == "byol" else -cosine.mean()
         return LossTerms(total, {"cosine": cosine.detach().mean()})
 
     def commit(self, branches: Branches) -> None:
         """Nothing to move: the loss has no state."""
-
-
-def _present(tensors: Sequence[Tensor | None], views: set[int], what: str, remedy: str) -> Iterator[tuple[int, Tensor]]:
-    for view in sorted(views):
-        vectors = tensors[view]
-        if vectors is None:
-            raise UserError(f"loss 'cosine' has no {what} of view {view}; name {remedy} in the recipe")
-        yield view, vectors

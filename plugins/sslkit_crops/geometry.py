@@ -19,41 +19,62 @@ TABLE_LIMIT = 4 * 2**20
 CHUNK_VALUES = 2**18
 """Pixel values worked on at a time on a CPU: about 1 MiB of floats, so that they stay in its cache."""
 
+Range = tuple[float, float]
+"""Lowest and highest."""
 
-def draw_boxes(
-    n: int, views: int, side: int, scale: tuple[float, float], ratio: tuple[float, float], generator: torch.Generator
-) -> Tensor:
-    """Boxes as torchvision's `RandomResizedCrop.get_params` draws them, for square images.
+
+class Between:
+    """Spreads numbers 0..1 over a range of each view's own.
+
+    Args:
+        ranges: Of V views.
+        dtype: Of the numbers.
+    """
+
+    def __init__(self, ranges: Sequence[Range], dtype: torch.dtype = torch.float32) -> None:
+        self.low = torch.tensor([low for low, _ in ranges], dtype=dtype)
+        self.width = torch.tensor([high - low for low, high in ranges], dtype=dtype)
+
+    def __call__(self, unit: Tensor) -> Tensor:
+        """`unit` is `[..., V]`."""
+        return self.low + self.width * unit
+
+
+class Boxes:
+    """Draws boxes as torchvision's `RandomResizedCrop.get_params` does, for square images.
 
     Up to ten attempts draw an area (uniform) and an aspect ratio (log-uniform); the first that fits is placed
     uniformly. If none fits, the box is central, with the nearest ratio allowed.
 
     Args:
-        n: Samples.
-        views: Boxes per sample.
         side: Side of the images, in pixels.
-        scale: Range of the area, as a fraction of the image's.
-        ratio: Range of width / height.
-        generator: Source of randomness, on the CPU.
-
-    Returns:
-        int64 `[n, views, 4]`: top, left, height, width.
+        scales: Range of the area, as a fraction of the image's, of each of V views.
+        ratios: Range of width / height of each view.
     """
-    # Double precision: a single-precision uniform number times the range could round up to its excluded end.
-    uniform = torch.rand(4, n, views, ATTEMPTS, generator=generator, dtype=torch.float64)
-    area = side * side * (scale[0] + (scale[1] - scale[0]) * uniform[0])
-    low, high = math.log(ratio[0]), math.log(ratio[1])
-    aspect = torch.exp(low + (high - low) * uniform[1])
-    height, width = (area / aspect).sqrt_().round_(), (area * aspect).sqrt_().round_()
-    fits = (height > 0) & (height <= side) & (width > 0) & (width <= side)
-    first = fits.byte().argmax(-1, keepdim=True)
-    top, left = uniform[2] * (side - height + 1), uniform[3] * (side - width + 1)
-    boxes = torch.stack([top, left, height, width], -1).floor_().long()
-    boxes = boxes.gather(2, first[..., None].expand(-1, -1, -1, 4)).squeeze(2)
-    return torch.where(fits.any(-1, keepdim=True), boxes, torch.tensor(central_box(side, ratio)))
+
+    def __init__(self, side: int, scales: Sequence[Range], ratios: Sequence[Range]) -> None:
+        self.side, self.views = side, len(scales)
+        # Double precision: a single-precision uniform number times the range could round up to its excluded end.
+        self.area = Between(scales, torch.float64)
+        self.log_aspect = Between([(math.log(low), math.log(high)) for low, high in ratios], torch.float64)
+        self.central = torch.tensor([central_box(side, ratio) for ratio in ratios])
+
+    def draw(self, n: int, generator: torch.Generator) -> Tensor:
+        """int64 `[n, V, 4]`: top, left, height, width. `generator` is on the CPU."""
+        side = self.side
+        uniform = torch.rand(4, n, self.views, ATTEMPTS, generator=generator, dtype=torch.float64)
+        area = side * side * self.area(uniform[0].mT).mT
+        aspect = torch.exp(self.log_aspect(uniform[1].mT).mT)
+        height, width = (area / aspect).sqrt_().round_(), (area * aspect).sqrt_().round_()
+        fits = (height > 0) & (height <= side) & (width > 0) & (width <= side)
+        first = fits.byte().argmax(-1, keepdim=True)
+        top, left = uniform[2] * (side - height + 1), uniform[3] * (side - width + 1)
+        boxes = torch.stack([top, left, height, width], -1).floor_().long()
+        boxes = boxes.gather(2, first[..., None].expand(-1, -1, -1, 4)).squeeze(2)
+        return torch.where(fits.any(-1, keepdim=True), boxes, self.central)
 
 
-def central_box(side: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+def central_box(side: int, ratio: Range) -> tuple[int, int, int, int]:
     """The box for a square image on which ten attempts failed: `(top, left, height, width)`."""
     height = width = side
     if ratio[0] > 1:
@@ -97,6 +118,13 @@ def _bicubic(x: Tensor) -> Tensor:
     return outer.add_((near - 1).square_().mul_(near.mul(2.0).sub_(1.0)))
 
 
+def lines_of(images: Tensor) -> Tensor:
+    """uint8 `[B, C, H, W]` -> what every `Cropper` of these images starts from: float 0..1 `[B, H, C * W]`."""
+    B, C, H, W = images.shape
+    # Rows outermost, so that one product takes all channels.
+    return torch.empty(B, H, C, W, device=images.device).copy_(images.transpose(1, 2)).div_(255).view(B, H, C * W)
+
+
 class Cropper:
     """Crops square images of one side to square views of another.
 
@@ -109,32 +137,25 @@ class Cropper:
         self.in_size, self.out_size = in_size, out_size
         self.boxes = in_size * (in_size + 1) // 2
 
-    def __call__(self, images: Tensor, boxes: Sequence[Tensor], flips: Sequence[Tensor]) -> list[Tensor]:
+    def __call__(self, lines: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
         """Crop, resize and flip, once for every view.
 
         Args:
-            images: uint8 `[B, C, in_size, in_size]`.
-            boxes: int64 `[B, 4]` per view: top, left, height, width.
-            flips: bool `[B]` per view: mirrored left to right.
+            lines: Images as `lines_of` gives them.
+            boxes: int64 `[B, k, 4]` for k views: top, left, height, width.
+            flips: bool `[B, k]`: mirrored left to right.
 
         Returns:
-            Per view float `[B, C, out_size, out_size]`, not contiguous, and beyond 0..1 where the kernel overshoots.
+            float `[B, k, C, out_size, out_size]`, not contiguous, and beyond 0..1 where the kernel overshoots.
         """
-        with torch.autocast(images.device.type, enabled=False):
-            return self._crop(images, boxes, flips)
-
-    def _crop(self, images: Tensor, boxes: Sequence[Tensor], flips: Sequence[Tensor]) -> list[Tensor]:
-        B, C, H, W = images.shape
-        # Rows outermost, so that one product takes all channels.
-        lines = torch.empty(B, H, C, W, device=images.device).copy_(images.transpose(1, 2)).div_(255).view(B, H, C * W)
-        crops = []
-        for box, flip in zip(boxes, flips, strict=True):
-            top, left, height, width = box.unbind(1)
-            rows = self._weights(top, height, torch.zeros_like(flip))
-            columns = self._weights(left, width, flip)
-            x = torch.bmm(torch.bmm(rows, lines).view(B, -1, W), columns.transpose(1, 2))
-            crops.append(x.view(B, self.out_size, C, self.out_size).transpose(1, 2))
-        return crops
+        B, k = flips.shape
+        top, left, height, width = boxes.flatten(0, 1).unbind(1)
+        flip = flips.flatten()
+        rows = self._weights(top, height, torch.zeros_like(flip)).view(B, k * self.out_size, self.in_size)
+        columns = self._weights(left, width, flip)
+        x = torch.bmm(rows, lines).view(B * k, -1, self.in_size)
+        x = torch.bmm(x, columns.transpose(1, 2))
+        return x.view(B, k, self.out_size, -1, self.out_size).transpose(2, 3)
 
     def _weights(self, start: Tensor, length: Tensor, flip: Tensor) -> Tensor:
         # Compiled, computing them costs no more than reading them; on a GPU the table would have to be there too.

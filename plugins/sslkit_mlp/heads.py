@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from sslkit_mlp.iter_norm import IterNorm
+
 if TYPE_CHECKING:
     from sslkit_mlp import MLP
 
@@ -19,14 +21,17 @@ class MLPHead(nn.Sequential):
         modules: list[nn.Module] = []
         width = in_dim
         for _ in range(options.layers - 1):
-            modules += [
-                nn.Linear(width, options.hidden_dim, bias=options.bias),
-                nn.BatchNorm1d(options.hidden_dim),
-                nn.ReLU(inplace=True),
-            ]
+            modules.append(nn.Linear(width, options.hidden_dim, bias=options.bias))
+            if options.hidden_norm == "batch":
+                modules.append(nn.BatchNorm1d(options.hidden_dim))
+            elif options.hidden_norm == "layer":
+                modules.append(nn.LayerNorm(options.hidden_dim))
+            modules.append(nn.ReLU(inplace=True))
             width = options.hidden_dim
         modules.append(nn.Linear(width, options.out_dim, bias=options.output_bias))
-        if options.output_norm != "none":
+        if options.output_norm == "iter":
+            modules.append(IterNorm(options.out_dim))
+        elif options.output_norm != "none":
             modules.append(nn.BatchNorm1d(options.out_dim, affine=options.output_norm == "batch"))
         super().__init__(*modules)
         self.out_dim = options.out_dim

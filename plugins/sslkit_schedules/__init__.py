@@ -4,15 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, model_validator
 from pydantic_core import PydanticCustomError
 
 from sslkit.api import RunInfo, Schedule
 from sslkit.errors import UserError
 
 Fraction = Annotated[float, Field(gt=0, lt=1)]
+
+
+def _pairs(points: object) -> tuple[tuple[float, float], ...]:
+    """A recipe's lists as tuples; and one line about what is no list of pairs, where pydantic has one a number."""
+
+    def is_pair(point: object) -> bool:
+        return (
+            isinstance(point, list | tuple)
+            and len(point) == 2
+            and all(isinstance(number, int | float) and not isinstance(number, bool) for number in point)
+        )
+
+    if not isinstance(points, list | tuple) or not all(map(is_pair, points)):
+        raise PydanticCustomError("points", "should be pairs of a position and a value, [[0.0, 0.04], [0.3, 0.07]]")
+    return tuple((position, value) for position, value in points)
 
 
 class Constant(Schedule):
@@ -127,3 +142,54 @@ class WarmupCosine(Schedule):
                 f"steps; lower {option} or train longer"
             )
         return Curve(self.start, self.peak, self.end, warmup, run.total_steps)
+
+
+class Piecewise(Schedule):
+    """Given values at given positions of the run, and a line, half a cosine wave or a step between them.
+
+    Before the first point the value is the first point's, after the last the last's. Positions are rounded to whole
+    optimizer steps, where the values are met exactly; of points that fall on the same step the last counts. Uses:
+
+    - The teacher's temperature of DINO (Caron et al. 2021, arXiv 2104.14294, section 3.2), 0.04 to 0.07 over the first
+      30 epochs: `{ use = "piecewise", unit = "epochs", points = [[0, 0.04], [30, 0.07]] }`.
+    - A warm-up without a decay: `points = [[0, 0], [0.1, 0.3]]`; with one: `[[0, 0], [0.1, 0.3], [0.8, 0.3], [1, 0]]`.
+    - A tau in stages: `shape = "step"`, `points = [[0, 0.99], [0.5, 0.996], [0.8, 0.999]]`.
+    """
+
+    points: Annotated[tuple[tuple[float, float], ...], BeforeValidator(_pairs)]
+    """Two or more pairs of a position and the value there, with increasing positions: `[[0.0, 0.04], [0.3, 0.07]]`."""
+    unit: Literal["fraction", "epochs", "steps"] = "fraction"
+    """What positions count. `fraction`: 0 is the start and 1 the end of the run, and a longer run keeps its shape.
+    `epochs` and `steps` (of the optimizer, whole numbers): a point stays where it is, and has to lie within the run."""
+    shape: Literal["linear", "cosine", "step"] = "linear"
+    """How the value gets from one point to the next: on a line, on half a cosine wave, or in one jump as it is met."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Piecewise:
+        positions = [position for position, _ in self.points]
+        if len(positions) < 2 or any(later <= earlier for earlier, later in pairwise(positions)):
+            raise PydanticCustomError("points", "'points' should be two or more [position, value] of rising position")
+        if positions[0] < 0:
+            raise PydanticCustomError("points", "'points' should not begin before position 0, the start of the run")
+        if self.unit == "fraction" and positions[-1] > 1:
+            raise PydanticCustomError(
+                "points",
+                "'points' should end at position 1, the end of the run, or before; for positions in epochs or in "
+                "steps say so: unit = 'epochs'",
+            )
+        if self.unit == "steps" and not all(position.is_integer() for position in positions):
+            raise PydanticCustomError("points", "'points' should have whole numbers for positions in steps")
+        return self
+
+    def build(self, run: RunInfo) -> Callable[[int], float]:
+        from sslkit_schedules.curves import Piecewise as Curve
+
+        scale = {"fraction": run.total_steps, "epochs": run.steps_per_epoch, "steps": 1}[self.unit]
+        steps = tuple(round(position * scale) for position, _ in self.points)
+        if steps[-1] > run.total_steps:
+            length = f"{run.total_steps / run.steps_per_epoch:g} epochs of {run.steps_per_epoch} steps"
+            raise UserError(
+                f"schedule 'piecewise': the point at {self.points[-1][0]:g} {self.unit} lies beyond the end of the run "
+                f"({length}); lower it, train longer, or give positions as fractions of the run: unit = 'fraction'"
+            )
+        return Curve(steps, tuple(value for _, value in self.points), self.shape)

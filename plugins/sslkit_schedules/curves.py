@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from dataclasses import dataclass
+from typing import Literal
 
 
 def _between(value: float, a: float, b: float) -> float:
@@ -97,3 +98,22 @@ class WarmupCosine:
         if step < self.warmup:
             return line(self.start, self.peak, step, self.warmup)
         return half_cosine(self.peak, self.end, step - self.warmup, self.total - self.warmup)
+
+
+@dataclass(frozen=True)
+class Piecewise:
+    """`values[i]` at step `steps[i]` (never falling), and the shape between two of them; of equal steps the last."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]
+    shape: Literal["linear", "cosine", "step"]
+
+    def __call__(self, step: int) -> float:
+        after = bisect_right(self.steps, step)
+        if after == 0:
+            return self.values[0]
+        if after == len(self.steps) or self.shape == "step":
+            return self.values[after - 1]
+        curve = line if self.shape == "linear" else half_cosine
+        begin, end = self.steps[after - 1], self.steps[after]
+        return curve(self.values[after - 1], self.values[after], step - begin, end - begin)

@@ -1,0 +1,295 @@
+"""Several runs beside each other: what each made of it, in what their recipes differ, and their curves."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from sslkit.charts import Chart, Curve, Table, page
+from sslkit.describe import as_toml
+from sslkit.errors import SslkitError, UserError, did_you_mean
+from sslkit.recipe import Recipe, read_recipe
+from sslkit.run_directory import read_metrics
+
+DRAWN = {
+    "loss": ("Loss", "What was minimised, at the batch of that step."),
+    "knn_top1": (
+        "kNN accuracy (top-1)",
+        "Share of test images that their nearest training images sort rightly. The point at step 0 is the random "
+        "network's: what the architecture gives without any training.",
+    ),
+    "effective_rank": ("Effective rank", "How many directions the backbone's features use, at most their dimensions."),
+    "std_sqrt_d": ("Spread (std √d)", "1: projections are spread over the sphere; towards 0: complete collapse."),
+    "tau": ("tau", "How much of the target network remains in an update."),
+    "lr": ("Learning rate", "Of the backbone."),
+    "cosine": ("Cosine", "Mean cosine between predictions and targets, or what stands in their place."),
+}
+"""Metrics that are drawn, in this order, where a run recorded them: title and meaning."""
+
+PROTOCOL = ("knn_k", "knn_temperature", "knn_bank", "knn_queries")
+ABSENT = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run directory says; `name` tells it from the others of the comparison."""
+
+    name: str
+    records: Sequence[Mapping[str, Any]]
+    status: Mapping[str, Any]
+    data: str | None
+    recipe: Recipe | None
+    problem: str = ""
+
+    def curve(self, key: str) -> Curve:
+        """What was recorded under `key`; what was not finite, and so was recorded as null, is a gap."""
+        kept = [record for record in self.records if key in record]
+        values = [record[key] if _is_number(record[key]) else None for record in kept]
+        return Curve(self.name, [record["step"] for record in kept], [record["epoch"] for record in kept], values)
+
+    def points(self, key: str) -> list[tuple[int, float]]:
+        """`(step, value)` of the records that have a number under `key`."""
+        curve = self.curve(key)
+        return [(step, value) for step, value in zip(curve.steps, curve.values, strict=True) if value is not None]
+
+    def protocols(self) -> list[tuple[Any, ...]]:
+        """What kNN was measured with, each once; more than one if a run was gone on with differently."""
+        measured = (tuple(record.get(name) for name in PROTOCOL) for record in self.records if "knn_top1" in record)
+        return list(dict.fromkeys(protocol for protocol in measured if all(_is_number(part) for part in protocol)))
+
+
+def compare(runs: Sequence[str | Path], out: str | Path) -> None:
+    """Write the page that compares run directories to `out`, and print a summary.
+
+    Raises:
+        UserError: what was given is no run directory, has no metrics yet, or was given twice; `out` is no place for a
+            page.
+    """
+    page_path = Path(out)
+    if page_path.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--out {out}: should end in .html, since it is a page for a browser")
+    found = read_runs([Path(run) for run in runs])
+    warnings = {"loss": losses(found), "knn_top1": accuracies(found), "effective_rank": ranks(found)}
+    text = page(
+        f"{len(found)} runs compared" if len(found) > 1 else found[0].name,
+        [summary(found, [*filter(None, warnings.values())]), *options(found)],
+        charts(found, warnings),
+    )
+    try:
+        page_path.write_text(text, encoding="utf-8", newline="\n")
+    except OSError as error:
+        raise UserError(f"--out {out}: cannot be written: {error.strerror}; choose another place") from None
+    measured = [run for run in found if run.points("knn_top1")]
+    figures = ", ".join(f"{run.name} {_accuracy(run)}" for run in measured)
+    print(f"{out}: {'1 run' if len(found) == 1 else f'{len(found)} runs'}{figures and f', kNN top-1: {figures}'}")
+    for line in filter(None, [warnings["knn_top1"], *(run.problem for run in found)]):
+        print(line)
+
+
+# ---------------------------------------------------------------- reading
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read run directories, also of runs that are going on.
+
+    Raises:
+        UserError: one line for each path that cannot be compared.
+    """
+    problems = [problem for path in paths if (problem := _unusable(path))]
+    places = [path.resolve() for path in paths]
+    problems += [f"{path}: is given twice" for path in dict.fromkeys(paths) if places.count(path.resolve()) > 1]
+    if problems:
+        raise UserError(*problems)
+    return [_read(path, name) for path, name in zip(paths, names(places), strict=True)]
+
+
+def _unusable(path: Path) -> str:
+    """What keeps a path from being compared, in a line; empty if nothing does."""
+    if not path.is_dir():
+        if path.exists():
+            return f"{path}: is a file; give a run directory such as runs/NAME"
+        near = did_you_mean(path.name, (below.name for below in _runs_in(path.parent)))
+        return f"{path}: is not there{near}; give a run directory such as runs/NAME"
+    if not (path / "recipe.lock.toml").is_file():
+        inside = ", ".join(str(below) for below in _runs_in(path))
+        return f"{path}: is no run directory (it has no recipe.lock.toml); give {inside or 'one such as runs/NAME'}"
+    if not _records(path):
+        return f"{path}: has no metrics yet; wait for the first ones, or leave it out"
+    return ""
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    return sorted(lock.parent for lock in folder.glob("*/recipe.lock.toml"))
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    try:
+        found = read_metrics(path)
+    except OSError:
+        return []
+    return [record for record in found if isinstance(record, dict) and {"step", "epoch"} <= record.keys()]
+
+
+def _read(path: Path, name: str) -> Run:
+    recipe, problem = None, ""
+    try:
+        recipe = read_recipe(str(path / "recipe.lock.toml"))
+    except SslkitError as error:  # its plugin may be gone, or an option renamed: its curves are still worth seeing
+        problem = f"{name}: its recipe cannot be read here: {error.lines[0]}"
+    data = _facts(path / "env.json").get("data_fingerprint")
+    return Run(name, _records(path), _facts(path / "status.json"), data, recipe, problem)
+
+
+def _facts(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def names(places: Sequence[Path]) -> list[str]:
+    """The directories' names, each with as many folders above it as tell it from the others."""
+
+    def name(place: Path, length: int) -> str:
+        return Path(*place.parts[-length:]).as_posix()
+
+    lengths = [
+        next(
+            (
+                length
+                for length in range(1, len(place.parts))
+                if [name(other, length) for other in places].count(name(place, length)) == 1
+            ),
+            len(place.parts),
+        )
+        for place in places
+    ]
+    # What cannot be printed would be lost in a page, and would do something to a terminal.
+    return [
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name(place, length))
+        for place, length in zip(places, lengths, strict=True)
+    ]
+
+
+# ---------------------------------------------------------------- tables
+
+
+def summary(runs: Sequence[Run], warnings: Iterable[str] = ()) -> Table:
+    """A row for each run: how far it is, and where its figures began and stand."""
+    headers = ["run", "recipe", "hash", "step", "status", "loss", "kNN top-1", "kNN protocol", "effective rank", "tau"]
+    rows = []
+    for run in runs:
+        protocols = [
+            f"k {k:g}, T {temperature:g}, bank {bank:.0f}, {queries:.0f} queries"
+            for k, temperature, bank, queries in run.protocols()
+        ]
+        rank = run.points("effective_rank")
+        rows.append([
+            run.name,
+            run.recipe.name if run.recipe else ABSENT,
+            run.recipe.hash() if run.recipe else ABSENT,
+            f"{run.records[-1]['step']} of {run.status.get('of', ABSENT)}",
+            str(run.status.get("status", ABSENT)),
+            _from_to(run.points("loss"), ".4f"),
+            _accuracy(run),
+            "; ".join(protocols) or ABSENT,
+            f"{rank[-1][1]:.1f}" if rank else ABSENT,
+            _from_to(run.points("tau"), ".6g"),
+        ])  # fmt: skip
+    read = f"Read on {datetime.now(UTC):%Y-%m-%d at %H:%M} UTC. From → to: the first record and the last."
+    return Table("Runs", headers, rows, read, [*warnings, *(run.problem for run in runs if run.problem)])
+
+
+def _from_to(points: Sequence[tuple[int, float]], form: str) -> str:
+    return f"{points[0][1]:{form}} → {points[-1][1]:{form}}" if points else ABSENT
+
+
+def _accuracy(run: Run) -> str:
+    """The random network's and the last one; neither stands in for the other."""
+    points = run.points("knn_top1")
+    if not points:
+        return ABSENT
+    (begun, first), (reached, last) = points[0], points[-1]
+    return f"{ABSENT if begun else f'{first:.4f}'} → {f'{last:.4f}' if reached else ABSENT}"
+
+
+def options(runs: Sequence[Run]) -> list[Table]:
+    """The options that compute something and differ, a column for each run whose recipe can be read."""
+    known = [run for run in runs if run.recipe]
+    if len(known) < 2:
+        return []
+    rows = _rows([run.recipe.computing() for run in known if run.recipe])
+    text = "" if rows else "None of those that change what is computed."
+    return [Table("Options that differ", ["option", *(run.name for run in known)], rows, text)]
+
+
+def _rows(tables: Sequence[Mapping[str, Any]], prefix: str = "") -> list[list[str]]:
+    """A row for each key that the tables do not agree in. A schedule is one value where another has a number."""
+    rows = []
+    for key in dict.fromkeys(key for table in tables for key in table):
+        values = [table.get(key) for table in tables]
+        if all(isinstance(value, Mapping) or value is None for value in values):
+            rows += _rows([value or {} for value in values], f"{prefix}{key}.")
+        elif any(value != values[0] for value in values):
+            rows.append([prefix + key, *map(as_toml, values)])
+    return rows
+
+
+# ---------------------------------------------------------------- what does not compare
+
+
+def losses(runs: Sequence[Run]) -> str:
+    """Why the runs' losses do not compare; empty if nothing speaks against it."""
+    tasks = _differing([run for run in runs if run.points("loss")], "loss", "view_generator", "projector", "predictor")
+    return f"Losses do not compare: the runs differ in {tasks}. The easier task has the lower loss." if tasks else ""
+
+
+def accuracies(runs: Sequence[Run]) -> str:
+    """Why the runs' kNN accuracies do not compare; empty if nothing speaks against it."""
+    measured = [run for run in runs if run.points("knn_top1")]
+    reasons = []
+    if len({protocol for run in measured for protocol in run.protocols()}) > 1:
+        reasons.append("protocols")
+    if len({run.data for run in measured if run.data}) > 1:
+        reasons.append("data (data_fingerprint in env.json)")
+    return f"kNN accuracies do not compare: they were measured with different {' and '.join(reasons)}." * bool(reasons)
+
+
+def ranks(runs: Sequence[Run]) -> str:
+    """Why the runs' effective ranks do not compare; empty if nothing speaks against it."""
+    parts = _differing([run for run in runs if run.points("effective_rank")], "loss", "backbone")
+    return f"Effective ranks do not compare: the runs differ in {parts}." if parts else ""
+
+
+def _differing(runs: Iterable[Run], *slots: str) -> str:
+    """The slots that the runs fill differently, as `loss (cosine, vicreg)`; the names are left out where they agree."""
+    found = []
+    for slot in slots:
+        filled = [run.recipe.computing().get(slot, {}) for run in runs if run.recipe]
+        if any(table != filled[0] for table in filled):
+            used = dict.fromkeys(str(table.get("use", "none")) for table in filled)
+            found.append(f"{slot} ({', '.join(used)})" if len(used) > 1 else f"the options of {slot}")
+    return " and ".join([", ".join(found[:-1]), found[-1]] if len(found) > 1 else found)
+
+
+# ---------------------------------------------------------------- curves
+
+
+def charts(runs: Sequence[Run], warnings: Mapping[str, str]) -> list[Chart]:
+    """A chart for each drawn metric that some run recorded."""
+    drawn = []
+    for key, (title, meaning) in DRAWN.items():
+        curves = [run.curve(key) for run in runs if run.points(key)]
+        if curves:
+            drawn.append(Chart(title, meaning, curves, warnings.get(key, "")))
+    return drawn
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

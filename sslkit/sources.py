@@ -1,0 +1,262 @@
+"""The text of a recipe, before it has types: found, laid over the recipe that it extends, changed by `--set`.
+
+Every key remembers where it was written, so that errors point there whichever file that was.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sslkit.errors import UserError, did_you_mean
+from sslkit.positions import Path as Keys
+from sslkit.positions import lines_of
+
+
+@dataclass
+class Origin:
+    """Where each key of a recipe was written: `recipe.toml:7`, or `--set key=value`."""
+
+    file: str
+    own: dict[Keys, str] = field(default_factory=dict)
+    """Keys in the file itself and in `--set`."""
+    inherited: dict[Keys, str] = field(default_factory=dict)
+    """Keys that came from the recipe that the file extends."""
+
+    def of(self, keys: Keys) -> str:
+        """The place of a key. What is nowhere is missing from the file itself: the nearest key above it there."""
+        if keys in self.inherited and keys not in self.own:
+            return self.inherited[keys]
+        for length in range(len(keys), 0, -1):
+            if keys[:length] in self.own:
+                return self.own[keys[:length]]
+        return f"{self.file}:1"
+
+
+def _forget(places: dict[Keys, str], keys: Keys) -> None:
+    """Drop a key and what lies below it, since something else takes their place."""
+    for below in [k for k in places if k[: len(keys)] == keys]:
+        del places[below]
+
+
+# ---------------------------------------------------------------- finding
+
+
+def shipped() -> dict[str, Path]:
+    """The recipes that come with sslkit, by name."""
+    here = Path(__file__).parent
+    installed, checkout = here / "recipes", here.parent / "recipes"
+    folder = installed if installed.is_dir() else checkout
+    return {path.stem: path for path in sorted(folder.glob("*.toml"))}
+
+
+def is_path(recipe: str) -> bool:
+    """Whether a text is a recipe's path, which holds `/` or ends in `.toml`, and not the name of a shipped recipe."""
+    return "/" in recipe or "\\" in recipe or recipe.endswith(".toml")
+
+
+def locate(recipe: str, folder: Path | None = None) -> Path:
+    """A recipe's file, by its path (seen from `folder`, if given) or by the name of a shipped recipe.
+
+    Raises:
+        UserError: there is no such file or shipped recipe.
+    """
+    known = shipped()
+    if is_path(recipe):
+        path = (folder or Path()) / recipe
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise UserError(f"{path}: is a folder; give a recipe file in it")
+        near = did_you_mean(path.stem, known)
+        raise UserError(f"{path}: no such recipe file{near and near + ' (a shipped recipe, without .toml)'}")
+    if recipe not in known:
+        raise UserError(
+            f"{recipe}: no shipped recipe has this name{did_you_mean(recipe, known)} ({', '.join(known)}); "
+            "a file's path ends in .toml"
+        )
+    return known[recipe]
+
+
+def read(path: Path) -> str:
+    """The text of a recipe's file.
+
+    Raises:
+        UserError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
+
+
+def place(source: str, overrides: Sequence[str], *keys: str) -> str:
+    """`recipe.toml:7`, or the override, for the nearest key at or above the given ones."""
+    path = locate(source)
+    return resolve(read(path), str(path), overrides)[1].of(keys)
+
+
+def renamed(text: str, name: str) -> str:
+    """A recipe's text with another `name`; a recipe without one is named after its file, and stays as it is."""
+    number = lines_of(text).get(("name",))
+    if number is None:
+        return text
+    lines = text.split("\n")
+    lines[number - 1] = re.sub(r"""=\s*("[^"]*"|'[^']*')""", f'= "{name}"', lines[number - 1], count=1)
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------- extends
+
+
+def resolve(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[dict[str, Any], Origin]:
+    """A recipe's tables with its bases below them and `--set` on top, and where each key was written.
+
+    Raises:
+        UserError: the text is not TOML, a base cannot be had, or an override cannot be read.
+    """
+    tables, origin = _extended(_parsed(text, file), text, file, [file])
+    _override(tables, overrides, origin)
+    return tables, origin
+
+
+def _extended(tables: dict[str, Any], text: str, file: str, chain: list[str]) -> tuple[dict[str, Any], Origin]:
+    origin = Origin(file, {keys: f"{file}:{line}" for keys, line in lines_of(text).items()})
+    if "extends" not in tables:
+        return tables, origin
+    extends = tables.pop("extends")
+    try:
+        if not isinstance(extends, str):
+            raise UserError(f"should be the name of a shipped recipe or a path, not {extends!r}")
+        path = locate(extends, Path(file).parent)
+        further = [*chain, str(path)]
+        if path.resolve() in [Path(earlier).resolve() for earlier in chain]:
+            raise UserError(f"goes round in a circle: {' -> '.join(further)}")
+        below = read(path)
+        parsed = _parsed(below, str(path))
+    except UserError as error:
+        raise UserError(*(f"{origin.of(('extends',))}: extends: {line}" for line in error.lines)) from None
+    base, base_origin = _extended(parsed, below, str(path), further)
+    origin.inherited = base_origin.inherited | base_origin.own
+    base.pop("name", None)  # a name is one recipe's own: runs are kept under it
+    _forget(origin.inherited, ("name",))
+    return _laid_over(base, tables, origin), origin
+
+
+def _parsed(text: str, file: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        raise UserError(_syntax_error(file, error)) from None
+
+
+def _syntax_error(file: str, error: Exception) -> str:
+    text = str(error)
+    if match := re.search(r" \(at line (\d+), column (\d+)\)$", text):
+        return f"{file}:{match[1]}: not valid TOML: {text[: match.start()]} (column {match[2]})"
+    return f"{file}: not valid TOML: {text.removesuffix(' (at end of document)') or 'nested too deeply'}"
+
+
+def _laid_over(base: Mapping[str, Any], tables: Mapping[str, Any], origin: Origin, at: Keys = ()) -> dict[str, Any]:
+    """Tables are laid over tables, unless they name another component; whatever else is given replaces the base's."""
+    merged = dict(base)
+    for key, value in tables.items():
+        keys, below = (*at, key), base.get(key)
+        if isinstance(below, dict) and isinstance(value, dict) and _use(value) in (None, _use(below)):
+            merged[key] = _laid_over(below, value, origin, keys)
+        elif keys == ("observers",) and isinstance(below, list) and isinstance(value, list):
+            merged[key] = _observers(below, value, origin)
+        else:
+            merged[key] = value
+            _forget(origin.inherited, keys)
+    return merged
+
+
+def _observers(base: Sequence[Any], tables: Sequence[Any], origin: Origin) -> list[Any]:
+    """Each observer is laid over the base's of the same `use` (the second of a name over the second), or added."""
+    merged = list(base)
+    free = {number: _use(observer) for number, observer in enumerate(base)}
+    written = {keys: where for keys, where in origin.own.items() if keys[0] == "observers" and len(keys) > 1}
+    for keys in written:
+        del origin.own[keys]
+    for number, table in enumerate(tables):
+        to = next((n for n, use in free.items() if use is not None and use == _use(table)), len(merged))
+        if to in free:
+            del free[to]
+            merged[to] = _laid_over(base[to], table, origin, ("observers", to))
+        else:
+            merged.append(table)
+        origin.own |= {("observers", to, *keys[2:]): where for keys, where in written.items() if keys[1] == number}
+    return merged
+
+
+def _use(table: object) -> object:
+    return table.get("use") if isinstance(table, dict) else None
+
+
+# ---------------------------------------------------------------- --set
+
+
+def _override(tables: dict[str, Any], overrides: Iterable[str], origin: Origin) -> None:
+    """Apply `--set`: changed `use` first, the outermost before those inside, since it resets the rest of its table."""
+    parsed = []
+    for override in overrides:
+        key, equals, raw = override.partition("=")
+        keys = tuple(key.strip().split("."))
+        if not equals or not all(keys):
+            raise UserError(f"--set {override}: should read key=value, such as train.batch_size=64")
+        if keys == ("extends",):
+            raise UserError(f"--set {override}: a recipe says in its file what it extends")
+        parsed.append((keys, _typed(raw.strip()), override))
+    for keys, value, override in sorted(parsed, key=lambda p: (0, len(p[0])) if p[0][-1] == "use" else (1, 0)):
+        _set(tables, keys, value, override, origin)
+
+
+def _typed(raw: str) -> object:
+    """A value as TOML reads it; a bare word is a string."""
+    try:
+        return tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        return raw
+
+
+def _set(tables: dict[str, Any], keys: tuple[str, ...], value: object, override: str, origin: Origin) -> None:
+    table: Any = tables
+    path: Keys = ()
+    rest = list(keys)
+    text = f"--set {override}"
+    if rest[0] == "observers" and len(rest) > 1:
+        observers = tables.setdefault("observers", [])
+        name = rest[1]
+        if not isinstance(observers, list):
+            return  # a mistake in the file, which validation tells
+        at = next((i for i, o in enumerate(observers) if _use(o) == name), len(observers))
+        if at == len(observers):
+            observers.append({"use": name})
+            origin.own["observers", at] = text
+        table, path, rest = observers[at], ("observers", at), rest[2:]
+        if not rest or rest == ["use"]:
+            raise UserError(f"{text}: should name an option, such as observers.{name}.enabled=false")
+    for key in rest[:-1]:
+        path = (*path, key)
+        if not isinstance(table.get(key), dict):
+            table[key] = {}
+            _replaced(origin, path, text)
+        table = table[key]
+    if rest[-1] == "use" and path and table.get("use") != value:
+        table.clear()
+        _replaced(origin, path, text)
+    table[rest[-1]] = value
+    _replaced(origin, (*path, rest[-1]), text)
+
+
+def _replaced(origin: Origin, keys: Keys, text: str) -> None:
+    for places in (origin.own, origin.inherited):
+        _forget(places, keys)
+    origin.own[keys] = text
