@@ -252,6 +252,7 @@ def recipe_page() -> list[str]:
                 ("`loss.form=simsiam`", "Sets one option to a string."),
                 ("`optimizer.lr.peak=0.5`", "Sets one option of the schedule that the recipe names."),
                 ("`optimizer.lr=0.05`", "Replaces the schedule by a number."),
+                ("`view_generator.views.0.size=24`", "Sets an option of one element of a list, by its number from 0."),
                 ("`data_source.use=folder`", "Names another component and drops the other keys of the table."),
                 ("`observers.knn.every_epochs=5`", "Sets an option of one observer, by name."),
             ],

@@ -32,6 +32,8 @@ def _problem(mistake: Any, path: Path, tables: dict[str, Any], top: type[BaseMod
         valid = _options(path[:-1], tables, top)
         near = did_you_mean(str(path[-1]), valid)
         return f"unknown option{near or '; known here: ' + (', '.join(valid) or 'none')}"
+    if kind == "missing" and isinstance(given, list):
+        return f"should have more elements, not {_shown(given)}"
     if kind == "missing":
         what = "table" if len(path) == 1 and path[0] not in ("name", "seed") else "option"
         return f"this {what} is required and missing"
@@ -45,6 +47,7 @@ def _problem(mistake: Any, path: Path, tables: dict[str, Any], top: type[BaseMod
     if kind == "string_pattern_mismatch" and path == ("name",):
         return f"should be letters, digits, dots, dashes and underscores, not {_shown(given)}"
     text = mistake["msg"].removeprefix("Input ").removeprefix("Value error, ")
+    text = text.replace("a valid array", "a list").replace("an object", "a table")  # TOML's words, not JSON's
     if kind in ("slot", "component", "scheduled"):
         return text if kind == "component" or isinstance(given, dict) else f"{text}, not {_shown(given)}"
     about_one_value = not isinstance(given, dict)  # what is said of a table as a whole names its values itself

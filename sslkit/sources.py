@@ -244,16 +244,30 @@ def _set(tables: dict[str, Any], keys: tuple[str, ...], value: object, override:
         if not rest or rest == ["use"]:
             raise UserError(f"{text}: should name an option, such as observers.{name}.enabled=false")
     for key in rest[:-1]:
-        path = (*path, key)
-        if not isinstance(table.get(key), dict):
+        at = _entry(table, key, path, text)
+        path = (*path, at)
+        if isinstance(table, dict) and not isinstance(table.get(key), dict | list):
             table[key] = {}
             _replaced(origin, path, text)
-        table = table[key]
-    if rest[-1] == "use" and path and table.get("use") != value:
+        table = table[at]
+    last = _entry(table, rest[-1], path, text)
+    if last == "use" and path and table.get("use") != value:
         table.clear()
         _replaced(origin, path, text)
-    table[rest[-1]] = value
-    _replaced(origin, (*path, rest[-1]), text)
+    table[last] = value
+    _replaced(origin, (*path, last), text)
+
+
+def _entry(table: object, key: str, path: Keys, text: str) -> str | int:
+    """A key of a table, or the number of an element of a list."""
+    if isinstance(table, dict):
+        return key
+    where = ".".join(map(str, path))
+    if not isinstance(table, list):
+        raise UserError(f"{text}: {where} is {table!r}, which has no {key!r}")
+    if not key.isdecimal() or int(key) >= len(table):
+        raise UserError(f"{text}: {where} is a list of {len(table)}; name an element by its number, from 0")
+    return int(key)
 
 
 def _replaced(origin: Origin, keys: Keys, text: str) -> None:

@@ -48,6 +48,7 @@ from sslkit import registry
 from sslkit.cli import main
 from sslkit.doctor import ERRORS, WARNINGS
 from sslkit.recipe import parse_recipe, read_recipe
+from sslkit.sources import shipped
 
 DOCS = ROOT / "docs"
 GENERATED = {"cli.md", "components.md", "recipe.md", "api.md", "methods.md"}
@@ -414,6 +415,16 @@ def test_generated_pages_say_what_the_code_says() -> None:
     for page, text in made.items():
         stale = (DOCS / page).read_text(encoding="utf-8") != text
         assert not stale, f"docs/{page} is stale: run python docs/generate.py"
+
+
+def test_every_method_is_in_the_table_and_no_figure_is_of_another_recipe() -> None:
+    generator()  # puts docs/ on the path
+    import methods
+
+    known = [method["recipe"] for method in methods.methods()]
+    assert sorted(known) == sorted(name for name in shipped() if name.endswith("_cifar10"))
+    assert methods.stale() == [], "measure again: python benchmarks/methods.py"
+    assert {record["recipe"] for record in methods.measured()} <= set(known)
 
 
 def listed(page: str, heading: str = "") -> set[str]:

@@ -82,6 +82,9 @@ def test_all_errors_come_at_once_in_the_order_of_the_file() -> None:
         ("weight_decay = 1e-4", "[optimizer.groups.predictor]\nlrr = 1",
          "optimizer.groups.predictor.lrr: unknown option; did you mean 'lr'?"),
         ("weight_decay = 1e-4", "[optimizer.groups.head]\nlr = 1", "optimizer.groups.head"),
+        ("widths = [8, 8]", "widths = 8", "backbone.widths: should be a list, not 8"),
+        ('use = "affine"', 'use = "two_crops"\nratio = [1.0]', "ratio: should have more elements, not [1.0]"),
+        ('use = "affine"', 'use = "multi_crop"\nviews = [3]', "view_generator.views.0: should be a table, not 3"),
     ],
 )  # fmt: skip
 def test_each_mistake_is_one_line(old: str, new: str, says: str) -> None:

@@ -197,6 +197,29 @@ def test_a_base_is_not_an_override_and_a_misspelt_extends_is_known() -> None:
     assert errors("extend.toml") == ["extend.toml:1: extend: unknown option; did you mean 'extends'?"]
 
 
+# ---------------------------------------------------------------- --set in a list
+
+GROUPS = 'extends = "base.toml"\n[view_generator]\nuse = "multi_crop"\nviews = [{ count = 2 }, { size = 8 }]\n'
+
+
+def test_set_reaches_an_element_of_a_list() -> None:
+    write("groups.toml", GROUPS)
+    views = read_recipe("groups.toml", ["view_generator.views.1.size=12"]).tables()["view_generator"]["views"]
+    assert views[1]["size"] == 12
+    assert views[0]["count"] == 2
+    typo = "view_generator.views.1.sice=12"
+    assert errors("groups.toml", typo) == [
+        f"--set {typo}: view_generator.views.1.sice: unknown option; did you mean 'size'?"
+    ]
+
+
+@pytest.mark.parametrize("element", ["2", "-1", "x", ""])
+def test_an_element_that_is_not_there_is_told(element: str) -> None:
+    write("groups.toml", GROUPS)
+    (line,) = errors("groups.toml", f"view_generator.views.{element}.size=12")
+    assert "is a list of 2; name an element by its number, from 0" in line or "should read key=value" in line
+
+
 # ---------------------------------------------------------------- where a mistake is
 
 
