@@ -199,7 +199,7 @@ class _Split(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         if len(input) % self.groups:
             raise UserError(f"BatchNorm: {len(input)} images cannot be split into {self.groups} equal groups")
-        mean, variance, count = self.buffers()
+        mean, variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
         means, variances = mean.repeat(self.groups, 1), variance.repeat(self.groups, 1)
         momentum = cast(float, self.momentum)
         parts = [
@@ -208,7 +208,7 @@ class _Split(nn.modules.batchnorm._BatchNorm):
         ]
         mean.copy_(means.mean(0))
         variance.copy_(variances.mean(0))
-        count.add_(1)
+        cast(Tensor, self.num_batches_tracked).add_(1)
         return torch.cat(parts)
 
 

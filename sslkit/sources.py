@@ -244,12 +244,12 @@ def _set(tables: dict[str, Any], keys: tuple[str, ...], value: object, override:
         if not rest or rest == ["use"]:
             raise UserError(f"{text}: should name an option, such as observers.{name}.enabled=false")
     for key in rest[:-1]:
-        at = _entry(table, key, path, text)
-        path = (*path, at)
+        entry = _entry(table, key, path, text)
+        path = (*path, entry)
         if isinstance(table, dict) and not isinstance(table.get(key), dict | list):
             table[key] = {}
             _replaced(origin, path, text)
-        table = table[at]
+        table = table[entry]
     last = _entry(table, rest[-1], path, text)
     if last == "use" and path and table.get("use") != value:
         table.clear()
