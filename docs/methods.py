@@ -56,7 +56,7 @@ def methods_page(table: Table) -> list[str]:
         "Published figures are other projects' own, with the epochs and the protocol that they give; a linear probe "
         "and kNN do not compare, nor do two kNN protocols. The last column is what was measured with these recipes, by "
         "`python benchmarks/methods.py`, and is empty where nothing was. It shows that a method learns. It does not "
-        "rank methods: the runs are short, and the recipes' rates are meant for long ones.",
+        "rank methods: the runs are short, and their optimizer is one for all.",
         table(
             ("Method", "Published", "Measured here"),
             [(m["name"], "<br>".join(map(_published, m.get("published", []))), _measured(m["recipe"])) for m in known],
