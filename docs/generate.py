@@ -164,7 +164,7 @@ def option_rows(model: type[BaseModel]) -> list[tuple[str, str, str, str]]:
     rows = []
     for option in describe.options(model):  # type: ignore[arg-type]
         name = option["name"]
-        dagger = " †" if api.Incidental in model.model_fields[name].metadata else ""
+        dagger = " †" if name in model.model_fields and api.Incidental in model.model_fields[name].metadata else ""
         kind = option["type"].replace("number | schedule", "number or schedule")
         default = "required" if option["required"] else option["default"]
         plain = default in ("required", "unset")
@@ -253,6 +253,7 @@ def recipe_page() -> list[str]:
                 ("`optimizer.lr.peak=0.5`", "Sets one option of the schedule that the recipe names."),
                 ("`optimizer.lr=0.05`", "Replaces the schedule by a number."),
                 ("`view_generator.views.0.size=24`", "Sets an option of one element of a list, by its number from 0."),
+                ("`predictor=false`", "Leaves out the predictor, the one slot that may be empty."),
                 ("`data_source.use=folder`", "Names another component and drops the other keys of the table."),
                 ("`observers.knn.every_epochs=5`", "Sets an option of one observer, by name."),
             ],
@@ -260,7 +261,8 @@ def recipe_page() -> list[str]:
         "A changed `use` is applied before the other overrides, whatever their order.",
         "## The same recipe, spelt out",
         "A run writes `recipe.lock.toml` into [its directory](run-directory.md): the recipe with every option spelt "
-        "out and overrides applied. It is a recipe like any other and trains to the same losses.",
+        "out and overrides applied, and `train.compile` as it was chosen where the recipe says `auto`. It is a recipe "
+        "like any other and trains to the same losses.",
         "## Two recipes compared",
         "`sslkit diff A B` shows where two recipes or runs differ, with every option spelt out. `--json` gives the "
         "same as one object, a `Difference`; `null` stands for what is not set.",
@@ -305,8 +307,8 @@ def api_page() -> list[str]:
         parts += _described(batch, name, 3)
     parts += [
         "## Types of options",
-        paragraphs(_assigned_docs(_tree(api))["Scheduled"]) + " In `build`, `value_of(option, run)` makes it a "
-        "function of the step.",
+        f"`Scheduled`: {paragraphs(_assigned_docs(_tree(api))['Scheduled'])} In `build`, `value_of(option, run)` makes "
+        "it a function of the step.",
         f"`Incidental`: {paragraphs(api.Incidental.__doc__)}",
         "## Pieces",
         "`sslkit.nn` has what losses and heads would otherwise each write anew. Unlike `sslkit.api` it imports torch, "
@@ -342,7 +344,9 @@ def _pieces() -> list[str]:
         if isinstance(item, ast.FunctionDef) and item.name[0] != "_":
             parts += [f"### {item.name}", code(_signature(item)), paragraphs(ast.get_docstring(item))]
         elif isinstance(item, ast.ClassDef) and item.name[0] != "_":
-            parts += _described(nn, item.name, 3)
+            made = next(n for n in item.body if isinstance(n, ast.FunctionDef) and n.name == "__init__")
+            heading, *rest = _described(nn, item.name, 3)
+            parts += [heading, code(_signature(made).replace("__init__", item.name, 1)), *rest]
     return parts
 
 

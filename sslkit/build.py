@@ -265,8 +265,7 @@ def _check_fit(
     loss_name = registry.name_of(type(recipe.loss))
     if needs.predictions and recipe.predictor is None:
         raise UserError(
-            f"loss {loss_name!r} needs predictions, but the recipe has no [predictor]; add one "
-            "(use = 'identity' for none in effect)"
+            f"loss {loss_name!r} needs predictions, but the recipe has no [predictor]; add one, such as use = 'mlp'"
         )
     if needs.targets and updater.source == "none":
         raise UserError(
@@ -276,7 +275,7 @@ def _check_fit(
     if predictor is not None and not needs.predictions and any(True for _ in predictor.parameters()):
         raise UserError(
             f"loss {loss_name!r} uses no predictions, so the [predictor] would never be trained; remove it, "
-            "or --set predictor.use=identity"
+            "or set predictor = false"
         )
     if updater.source != "none" and not needs.targets:
         raise UserError(f"loss {loss_name!r} uses no target branch; set target_updater.use = 'none'")
@@ -284,14 +283,6 @@ def _check_fit(
     if wanted - set(range(len(run.views))):
         raise UserError(f"loss {loss_name!r} needs views {sorted(wanted)}, but there are only {len(run.views)}")
     parts = recipe.train.accumulate
-    if recipe.train.batch_size % parts:
-        raise UserError(f"train.accumulate = {parts} does not divide train.batch_size = {recipe.train.batch_size}")
-    groups, images = recipe.train.batch_norm_groups, recipe.train.batch_size // parts
-    if images % groups or images // groups < 2:
-        raise UserError(
-            f"train.batch_norm = {recipe.train.batch_norm!r}: {images} images cannot be split into {groups} equal "
-            "groups of two or more; choose another train.batch_size or N"
-        )
     if parts > 1 and not loss.additive:
         raise UserError(
             f"train.accumulate = {parts}: loss {loss_name!r} compares the images of a batch with one another, so the "

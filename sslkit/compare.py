@@ -194,7 +194,7 @@ def summary(runs: Sequence[Run], warnings: Iterable[str] = ()) -> Table:
             run.name,
             run.recipe.name if run.recipe else ABSENT,
             run.recipe.hash() if run.recipe else ABSENT,
-            f"{run.records[-1]['step']} of {run.status.get('of', ABSENT)}",
+            f"{max(run.records[-1]['step'], run.status.get('step', 0))} of {run.status.get('of', ABSENT)}",
             str(run.status.get("status", ABSENT)),
             _from_to(run.points("loss"), ".4f"),
             _accuracy(run),
@@ -284,7 +284,9 @@ def _differing(runs: Iterable[Run], *slots: str) -> str:
 def charts(runs: Sequence[Run], warnings: Mapping[str, str]) -> list[Chart]:
     """A chart for each drawn metric that some run recorded."""
     drawn = []
-    for key, (title, meaning) in DRAWN.items():
+    keys = dict.fromkeys(key for run in runs for record in run.records for key in record if key.startswith("loss."))
+    scheduled = {key: (key, "As its schedule has it.") for key in keys}
+    for key, (title, meaning) in {**DRAWN, **scheduled}.items():
         curves = [run.curve(key) for run in runs if run.points(key)]
         if curves:
             drawn.append(Chart(title, meaning, curves, warnings.get(key, "")))

@@ -18,7 +18,8 @@ def lines(
 ) -> list[str]:
     """One line per mistake, in the order of the file: `recipe.toml:7: loss.invarience: unknown option; ...`."""
     found = []
-    for mistake in error.errors(include_url=False):
+    # What was written wrongly before what is missing, which it may be the reason for.
+    for mistake in sorted(error.errors(include_url=False), key=lambda m: bool(m["type"] == "missing")):
         path = _known(mistake["loc"], tables)
         dotted = ".".join(str(piece) for piece in path) or "recipe"
         found.append((where(path), f"{dotted}: {_problem(mistake, path, tables, top)}"))

@@ -14,9 +14,8 @@ from sslkit import registry
 from sslkit.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from pydantic import BaseModel
     from pydantic.fields import FieldInfo
-
-    from sslkit.api import Component
 
 
 def list_components(kind: str | None, *, as_json: bool, check: bool) -> int:
@@ -94,18 +93,37 @@ def describe_component(component: str, *, as_json: bool) -> None:
         console.print(Text(option["help"]), soft_wrap=True)
 
 
-def options(cls: type[Component]) -> list[dict[str, Any]]:
-    """A component's options: name, type, whether required, default, help."""
-    return [
-        {
+def options(cls: type[BaseModel]) -> list[dict[str, Any]]:
+    """A component's options: name, type, whether required, default, help.
+
+    Those of the tables in a list follow as `views.N.count`, as far as the component has none of the same name.
+    """
+    found = []
+    for name, info in cls.model_fields.items():
+        found.append({
             "name": name,
             "type": type_name(info),
             "required": info.is_required(),
             "default": None if info.is_required() else as_toml(info.get_default(call_default_factory=True)),
             "help": " ".join((info.description or "").split()),
-        }
-        for name, info in cls.model_fields.items()
-    ]
+        })  # fmt: skip
+        if inner := _table_in_list(info.annotation):
+            own = [option for option in options(inner) if option["name"] not in cls.model_fields]
+            found += [{**option, "name": f"{name}.N.{option['name']}"} for option in own]
+    return found
+
+
+def _table_in_list(annotation: Any) -> type[BaseModel] | None:
+    """The model of a list's elements, where they are tables without a component."""
+    from pydantic import BaseModel
+
+    from sslkit.api import Component
+
+    if get_origin(annotation) not in (list, tuple):
+        return None
+    element = annotation.__args__[0]
+    tables = isinstance(element, type) and issubclass(element, BaseModel) and not issubclass(element, Component)
+    return element if tables else None
 
 
 def type_name(info: FieldInfo) -> str:

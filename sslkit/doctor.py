@@ -19,6 +19,7 @@ WARNINGS = {
     "ema_missing": "the target is the online network itself, and the projector's output is not normalised",
     "predictor_missing": "the loss relies on a predictor, and the predictor learns nothing",
     "tau_low": "the target's tau is below 0.5 at the start: the target is nearly the online network",
+    "queue_never_full": "the loss's queue holds more rows than the run will push, so some stay random",
     "target_frozen": "the target's tau is 1 at every step: the target never moves",
 }
 """Every finding that a run is warned of and goes on with, by the id that `train.accept` takes."""
@@ -55,6 +56,10 @@ class Facts:
     """Whether the predictor has parameters."""
     projector_normalised: bool
     """Whether the projector ends in a normalisation layer."""
+    queues: tuple[int, ...]
+    """Rows of each queue of the loss."""
+    rows_pushed: int
+    """Rows that the whole run can push into one: images times views."""
 
 
 def check_accepted(accepted: Iterable[str]) -> None:
@@ -73,7 +78,7 @@ def check_accepted(accepted: Iterable[str]) -> None:
 
 def findings(facts: Facts) -> list[Finding]:
     """Everything that the parts of a recipe are known to fail with, the errors first."""
-    found = [*tau_findings(facts.tau, facts.total_steps), *swap_findings(facts)]
+    found = [*tau_findings(facts.tau, facts.total_steps), *swap_findings(facts), *queue_findings(facts)]
     return sorted(found, key=lambda f: f.severity)
 
 
@@ -106,6 +111,19 @@ def tau_findings(tau: Callable[[int], float | None], total_steps: int) -> list[F
             )
         before = value
     return [Finding(name, ("target_updater", "tau"), text) for name, text in found.items()]
+
+
+def queue_findings(facts: Facts) -> list[Finding]:
+    """Queues that the run is too short to fill: what they hold at first is random, and nobody's image."""
+    return [
+        Finding(
+            "queue_never_full", ("loss", "queue"),
+            f"holds {rows} rows, and the whole run pushes at most {facts.rows_pushed}: the others stay random; set a "
+            "smaller loss.queue",
+        )
+        for rows in facts.queues
+        if rows > facts.rows_pushed
+    ]  # fmt: skip
 
 
 def swap_findings(facts: Facts) -> list[Finding]:

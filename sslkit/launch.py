@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import signal
 import sys
@@ -23,6 +24,7 @@ from sslkit import checkpoint, doctor, registry
 from sslkit.build import Parts, build, choose_device, resolve_compile
 from sslkit.diff import differences
 from sslkit.errors import RunFailed, SslkitError, UserError
+from sslkit.nn import Queue
 from sslkit.progress import Display, PatientConsole, say
 from sslkit.recipe import Recipe, parse_recipe, read_recipe
 from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment, read_metrics
@@ -95,7 +97,8 @@ def train(
                 _summarise(files, console)
                 return 0
         with _reported(files, recipe):
-            parts = build(recipe, where, partial(say, console))
+            with placed(source, overrides):
+                parts = build(recipe, where, partial(say, console))
             tell_findings(parts, source, overrides, console)
             return _train(parts, files, steps, console)
 
@@ -146,9 +149,9 @@ def _fit(trainer: Trainer, display: Display, signals: StopSignals, stop: int, co
     if status == "done":
         _summarise(files, console)
     else:
+        how = "a larger --steps" if status == "stopped" else "the same command"
         console.print(
-            f"{status} at step {trainer.step} of {trainer.info.total_steps}; the same command goes on from there",
-            highlight=False,
+            f"{status} at step {trainer.step} of {trainer.info.total_steps}; {how} goes on from there", highlight=False
         )
         console.print(f"run directory: {files.path}", highlight=False, soft_wrap=True)
     return INTERRUPTED if status == "interrupted" else 0
@@ -184,6 +187,22 @@ def _end(trainer: Trainer, status: str) -> None:
             raise
 
 
+@contextmanager
+def placed(source: str, overrides: Sequence[str]) -> Iterator[None]:
+    """Put `recipe.toml:7: ` before what the parts of a recipe object to, where a line begins with a key or a slot."""
+    try:
+        yield
+    except UserError as error:
+        lines = []
+        for line in error.lines:
+            named = re.match(r"([a-z_]+(?:\.[a-z_0-9]+)*)(?:: | '|\.[a-z_0-9]+ = )", line)
+            keys = named[1].split(".") if named else []
+            if keys and keys[0] in Recipe.model_fields:
+                line = f"{place(source, overrides, *keys)}: {line}"
+            lines.append(line)
+        raise UserError(*lines) from error.__cause__
+
+
 def tell_findings(parts: Parts, source: str, overrides: Sequence[str], console: Console) -> None:
     """Before training: warn of what is known to go wrong, and stop on what is sure to.
 
@@ -198,9 +217,9 @@ def tell_findings(parts: Parts, source: str, overrides: Sequence[str], console: 
         where = place(source, overrides, *finding.key)
         line = f"{where}: {'.'.join(finding.key)}: {finding.text}"
         if finding.severity == "error":
-            refused.append(f"{line} (to train all the same: train.accept = [{finding.id!r}])")
+            refused.append(f"{line} (to train all the same: --set train.accept='[\"{finding.id}\"]')")
         else:
-            say(console, f"warning: {line} (to leave this out: train.accept = [{finding.id!r}])")
+            say(console, f"warning: {line} (to leave this out: --set train.accept='[\"{finding.id}\"]')")
     if refused:
         raise UserError(*refused)
 
@@ -215,6 +234,8 @@ def _facts(parts: Parts) -> doctor.Facts:
         prevents_collapse=getattr(parts.loss, "prevents_collapse", True),
         wants_predictions=bool(model.needs.predictions),
         predictor_learns=model.predictor is not None and any(True for _ in model.predictor.parameters()),
+        queues=tuple(m.size for m in parts.loss.modules() if isinstance(m, Queue)),
+        rows_pushed=parts.run.total_steps * parts.run.batch_size * len(parts.run.views),
         projector_normalised=isinstance(layers[-1], (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)),
     )
 

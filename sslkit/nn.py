@@ -68,11 +68,12 @@ def pairs(specs: Sequence[ViewSpec], loss: str) -> list[tuple[int, int]]:
     Raises:
         UserError: there is none; the message names the loss.
     """
-    found = [(view, other) for view in range(len(specs)) for other in global_views(specs) if view != other]
+    wide = global_views(specs)
+    found = [(view, other) for view in range(len(specs)) for other in wide if view != other]
     if not found:
         raise UserError(
-            f"loss {loss!r} compares two or more views, one of them global, and the view generator makes {len(specs)}; "
-            "choose a view_generator such as 'two_crops'"
+            f"loss {loss!r} compares two or more views, one of them global, and the view generator makes {len(specs)}, "
+            f"{len(wide)} of them global; choose a view_generator such as 'two_crops'"
         )
     return found
 
@@ -125,11 +126,14 @@ class ScheduledNumber(nn.Module):
             (above, "above", operator.gt), (least, "at least", operator.ge),
             (below, "below", operator.lt), (most, "at most", operator.le),
         ]  # fmt: skip
-        for step in range(run.total_steps if self.constant is None else 1):
+        self.option = where
+        """The key of the recipe that set it."""
+        # The value at the very end is used by no update, but one that is not allowed there is nearly reached before.
+        for step in range(run.total_steps + 1 if self.constant is None else 1):
             value = self.curve(step)
             for limit, words, holds in limits:
                 if limit is not None and not holds(value, limit):
-                    at = f" at step {step + 1} of {run.total_steps}" if self.constant is None else ""
+                    at = f" at step {step} of {run.total_steps}" if self.constant is None else ""
                     raise UserError(f"{where}: is {value:g}{at}; it has to be {words} {limit:g}")
         self.register_buffer("value", torch.tensor(self.curve(0), dtype=torch.float32), persistent=False)
 

@@ -16,7 +16,8 @@ from torch import nn
 
 from sslkit import doctor
 from sslkit.build import Parts, build, choose_device, resolve_compile
-from sslkit.launch import tell_findings, view_pixels
+from sslkit.launch import placed, tell_findings, view_pixels
+from sslkit.nn import ScheduledNumber
 from sslkit.recipe import read_recipe
 from sslkit.run_directory import RunDirectory
 from sslkit.train import Trainer
@@ -41,7 +42,8 @@ def show_plan(source: str, overrides: Sequence[str], *, device: str) -> None:
     console = Console(highlight=False)
     recipe = read_recipe(source, overrides)
     doctor.check_accepted(recipe.train.accept)
-    parts = build(recipe, choose_device(device), lambda text: console.print(text, soft_wrap=True))
+    with placed(source, overrides):
+        parts = build(recipe, choose_device(device), lambda text: console.print(text, soft_wrap=True))
     tell_findings(parts, source, overrides, console)
     run = parts.run
     parts.recipe = resolve_compile(recipe, view_pixels(parts), run.device)
@@ -116,6 +118,9 @@ def _schedules(parts: Parts) -> Table:
         if row not in shown:
             shown.add(row)
             table.add_row("lr" if len(shown) == 1 else f"lr of the {group.part}", *row)
+    for number in parts.loss.modules():
+        if isinstance(number, ScheduledNumber) and number.constant is None:
+            table.add_row(number.option, *(f"{number.curve(point):.4g}" for point in points))
     decay = [f"{parts.values[0].weight_decay(point):.4g}" for point in points]
     table.add_row("weight decay", *decay)
     return table

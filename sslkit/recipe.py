@@ -24,6 +24,7 @@ from pydantic import (
     SerializeAsAny,
     StringConstraints,
     ValidationError,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -94,6 +95,23 @@ class Train(BaseModel):
     """How many of the newest checkpoints to keep, besides the one with the best kNN."""
     accept: Annotated[tuple[str, ...], Incidental] = ()
     """Findings, by id, that this recipe means: they neither stop the run before it starts nor are warned of."""
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Train:
+        images, rest = divmod(self.batch_size, self.accumulate)
+        if rest:
+            raise PydanticCustomError("accumulate", "accumulate = {n} does not divide batch_size = {size}", {
+                "n": self.accumulate, "size": self.batch_size
+            })  # fmt: skip
+        groups = self.batch_norm_groups
+        if images % groups or images // groups < 2:
+            raise PydanticCustomError(
+                "batch_norm",
+                "batch_norm = '{text}': {images} images cannot be split into {groups} equal groups of two or more; "
+                "choose another batch_size or N",
+                {"text": self.batch_norm, "images": images, "groups": groups},
+            )
+        return self
 
     @property
     def batch_norm_groups(self) -> int:

@@ -18,6 +18,7 @@ from sslkit.build import Parts
 from sslkit.data import Draw, Feed
 from sslkit.errors import RunFailed
 from sslkit.events import Bus
+from sslkit.nn import ScheduledNumber
 from sslkit.run_directory import RunDirectory
 
 HOOKS = ("before_step", "after_backward", "after_step")
@@ -51,6 +52,7 @@ class Trainer:
         self.hooked = [
             m for top in tops if top is not None for m in top.modules() if any(hasattr(m, hook) for hook in HOOKS)
         ]
+        self.scheduled = [m for m in self.loss.modules() if isinstance(m, ScheduledNumber) and m.constant is None]
         self.masks_on_device = self.device.type != "cpu"
         """Leave steps that are not finite out by arithmetic: asking would make the host wait for the device."""
         self.bad_step = torch.full((), -1, device=self.device)
@@ -218,6 +220,7 @@ class Trainer:
         tau = self.parts.target.tau(self.step - 1)
         if tau is not None:
             record["tau"] = tau
+        record |= {number.option: number.value for number in self.scheduled}
         if self.step > 1:  # the first step also compiles and warms up
             record["images_per_second"] = (self.step - step) * self.info.batch_size / (now - since)
             record["data_wait"] = (self.feed.waited - waited) / (now - since)

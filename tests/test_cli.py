@@ -424,4 +424,4 @@ def test_a_table_where_a_list_of_tables_belongs(tiny: Path) -> None:
     for arguments in ((), ("--set", "observers.knn.k=3")):
         result = run("train", str(tiny), *arguments)
         assert result.exit_code == 2
-        assert "observers: should be a valid" in result.stderr
+        assert "observers: should be a list" in result.stderr

@@ -239,7 +239,7 @@ def test_lejepa_refuses_a_share_that_is_none(share: float, text: str):
 
 
 def test_lejepa_refuses_a_share_that_grows_beyond_1():
-    with pytest.raises(UserError, match=r"loss\.sigreg: is 1\.1 at step 7"):
+    with pytest.raises(UserError, match=r"loss\.sigreg: is 1\.1 at step 6"):
         LeJEPA(sigreg=Linear(start=0.5, end=1.5)).build(D, run_info())
 
 

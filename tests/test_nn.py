@@ -115,8 +115,8 @@ def test_a_scheduled_number_follows_its_schedule_after_a_move(moved: Any):
     [
         (0.0, "is 0; it has to be above 0"),
         (-1.0, "is -1;"),
-        (Linear(start=0.5, end=-0.5), "is 0 at step 51 of 100"),
-        (WarmupCosine(peak=1.0, warmup_steps=10), "is 0 at step 1 of 100"),
+        (Linear(start=0.5, end=-0.5), "is 0 at step 50 of 100"),
+        (WarmupCosine(peak=1.0, warmup_steps=10), "is 0 at step 0 of 100"),
     ],
 )
 def test_a_number_that_is_not_above_its_bound_is_refused(scheduled: Any, text: str):

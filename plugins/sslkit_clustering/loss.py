@@ -56,9 +56,10 @@ class SwAVLoss(nn.Module):
         full = math.ceil(options.queue / run.batch_size)
         self.queue_start = max(full, round(options.queue_start_epochs * run.steps_per_epoch))
         if options.queue and self.queue_start >= run.total_steps:
+            remedy = "a smaller loss.queue" if full >= run.total_steps else "a lower loss.queue_start_epochs"
             raise UserError(
                 f"loss.queue: would never be used: it is full after {full} steps and used from step {self.queue_start} "
-                f"on, and the run has {run.total_steps}; set loss.queue = 0, or a lower loss.queue_start_epochs"
+                f"on, and the run has {run.total_steps}; set {remedy}, or loss.queue = 0"
             )
         self.uses_queue = False
 
