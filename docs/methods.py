@@ -52,14 +52,16 @@ def methods_page(table: Table) -> list[str]:
             ("Method", "Recipe", "Loss", "Target", "Predictor", "Views", "Paper"),
             [_parts(m, recipes[m["recipe"]]) for m in known],
         ),
-        "## Figures on CIFAR-10",
-        "Published figures are other projects' own, with the epochs and the protocol that they give; a linear probe "
-        "and kNN do not compare, nor do two kNN protocols. The last column is what was measured with these recipes, by "
-        "`python benchmarks/methods.py`, and is empty where nothing was. It shows that a method learns. It does not "
-        "rank methods: the runs are short, and their optimizer is one for all.",
+        "## Published figures on CIFAR-10",
+        "Other projects' own figures, for ResNet-18, in per cent, with the epochs and batch that they give. A linear "
+        "probe and kNN do not compare, nor do two kNN protocols.",
+        *_published(known, table),
+        "## Measured here",
+        "Measured with these recipes by `python benchmarks/methods.py`, which writes them to "
+        "`benchmarks/methods.json`; empty where nothing was measured. It shows that a method learns. It does not rank "
+        "methods: the runs are short, and their optimizer is one for all.",
         table(
-            ("Method", "Published", "Measured here"),
-            [(m["name"], "<br>".join(map(_published, m.get("published", []))), _measured(m["recipe"])) for m in known],
+            ("Method", "kNN: random network", "kNN: trained", "Seed", "Recipe", "Commit", "Setting"), _measured(known)
         ),
         *_settings(table),
     ]
@@ -85,25 +87,50 @@ def _parts(method: dict[str, Any], recipe: Recipe) -> tuple[str, ...]:
     )
 
 
-def _published(figure: dict[str, Any]) -> str:
-    batch = f", batch {figure['batch_size']}" if "batch_size" in figure else ""
-    epochs = f"{figure['epochs']} epoch{'s' * (figure['epochs'] != 1)}"
-    return f"{figure['figure']:g} {figure['metric']}, {figure['backbone']}, {epochs}{batch} ({figure['source']})"
+def _published(known: Sequence[dict[str, Any]], table: Table) -> list[str]:
+    """A column for each source, length and batch; what sets a figure apart from its column is a note."""
+    columns: dict[tuple[str, int, int | None], str] = {}
+    metrics: dict[str, str] = {}
+    for figure in (f for m in known for f in m.get("published", [])):
+        source = figure["source"].partition("; ")[0]
+        metrics.setdefault(source, figure["metric"])
+        column = _column(figure)
+        epochs = f"{figure['epochs']} epoch{'s' * (figure['epochs'] != 1)}"
+        columns[column] = ", ".join([source.split()[0], epochs, *([f"batch {column[2]}"] if column[2] else [])])
+    rows = []
+    for method in known:
+        figures = method.get("published", [])
+        by_column = {_column(f): str(f["figure"]) for f in figures}
+        notes = dict.fromkeys(_note(f, metrics) for f in figures)
+        rows.append((method["name"], *(by_column.get(c, "") for c in columns), "; ".join(filter(None, notes))))
+    legend = "\n".join(f"- {source.split()[0]}: {metric} ({source})" for source, metric in metrics.items())
+    return [table(("Method", *columns.values(), "Note"), rows), legend]
 
 
-def _measured(recipe: str) -> str:
-    lines = []
-    for setting in dict.fromkeys(r["setting"] for r in measured()):
-        records = [r for r in measured() if (r["recipe"], r["setting"]) == (recipe, setting)]
-        if records:
-            figures = ", ".join(f"{r['knn']:.4f}" for r in records)
-            seeds = ", ".join(str(r["seed"]) for r in records)
-            first = records[0]
-            lines.append(
-                f"{figures} kNN, from {first['knn_random']:.4f} (seed{'s' * (len(records) > 1)} {seeds}; {setting}; "
-                f"recipe {first['hash']}, commit {first['commit'][:7]})"
+def _column(figure: dict[str, Any]) -> tuple[str, int, int | None]:
+    source = figure["source"].partition("; ")[0]
+    return source, figure["epochs"], None if source.startswith("EMP-SSL") else figure["batch_size"]
+
+
+def _note(figure: dict[str, Any], metrics: dict[str, str]) -> str:
+    """What sets a figure apart from others of its source."""
+    source, _, note = figure["source"].partition("; ")
+    other = figure["metric"] if figure["metric"] != metrics[source] else ""
+    return ", ".join(filter(None, [f"{source.split()[0]}: {note}" if note else "", other]))
+
+
+def _measured(known: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+    rows = []
+    for method in known:
+        records = [r for r in measured() if r["recipe"] == method["recipe"]]
+        rows += [
+            (
+                method["name"], f"{r['knn_random']:.4f}", f"{r['knn']:.4f}", str(r["seed"]), f"`{r['hash']}`",
+                f"`{r['commit'][:7]}`", r["setting"],
             )
-    return "<br>".join(lines)
+            for r in records
+        ] or [(method["name"], *[""] * 6)]  # fmt: skip
+    return rows
 
 
 def _settings(table: Table) -> list[str]:
@@ -118,7 +145,7 @@ def _settings(table: Table) -> list[str]:
     ]  # fmt: skip
     return [
         "## Settings of the measurements",
-        "\"From\" is the random network's kNN at step 0, by the same protocol. The recipe's hash is that of the recipe "
-        "with the setting's overrides; `benchmarks/methods.json` lists these for each run.",
+        "The random network's figure is kNN at step 0, by the same protocol. The hash is that of the recipe with the "
+        "setting's overrides; `benchmarks/methods.json` lists these for each run.",
         table(("Setting", "Meaning", "kNN protocol", "Hardware", "Versions"), rows),
     ]
