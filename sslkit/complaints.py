@@ -21,6 +21,8 @@ def lines(
     # What was written wrongly before what is missing, which it may be the reason for.
     for mistake in sorted(error.errors(include_url=False), key=lambda m: bool(m["type"] == "missing")):
         path = _known(mistake["loc"], tables)
+        if option := mistake.get("ctx", {}).get("option"):  # said of a table, but one of its options is to blame
+            path = (*path, option)
         dotted = ".".join(str(piece) for piece in path) or "recipe"
         found.append((where(path), f"{dotted}: {_problem(mistake, path, tables, top)}"))
     unique = dict.fromkeys(found)

@@ -195,7 +195,7 @@ def placed(source: str, overrides: Sequence[str]) -> Iterator[None]:
     except UserError as error:
         lines = []
         for line in error.lines:
-            named = re.match(r"([a-z_]+(?:\.[a-z_0-9]+)*)(?:: | '|\.[a-z_0-9]+ = )", line)
+            named = re.match(r"([a-z_]+(?:\.[a-z_0-9]+)*)(?:: | '| is )", line)
             keys = named[1].split(".") if named else []
             if keys and keys[0] in Recipe.model_fields:
                 line = f"{place(source, overrides, *keys)}: {line}"

@@ -100,16 +100,17 @@ class Train(BaseModel):
     def _batch_divides(self) -> Train:
         images, rest = divmod(self.batch_size, self.accumulate)
         if rest:
-            raise PydanticCustomError("accumulate", "accumulate = {n} does not divide batch_size = {size}", {
-                "n": self.accumulate, "size": self.batch_size
-            })  # fmt: skip
+            raise PydanticCustomError(
+                "accumulate",
+                "{n} does not divide batch_size = {size}",
+                {"option": "accumulate", "n": self.accumulate, "size": self.batch_size},
+            )
         groups = self.batch_norm_groups
         if images % groups or images // groups < 2:
             raise PydanticCustomError(
                 "batch_norm",
-                "batch_norm = '{text}': {images} images cannot be split into {groups} equal groups of two or more; "
-                "choose another batch_size or N",
-                {"text": self.batch_norm, "images": images, "groups": groups},
+                "{images} images cannot be split into {groups} equal groups of two or more; choose another batch_size or N",
+                {"option": "batch_norm", "images": images, "groups": groups},
             )
         return self
 
