@@ -247,6 +247,11 @@ def _rows(tables: Sequence[Mapping[str, Any]], prefix: str = "") -> list[list[st
 def losses(runs: Sequence[Run]) -> str:
     """Why the runs' losses do not compare; empty if nothing speaks against it."""
     tasks = _differing([run for run in runs if run.points("loss")], "loss", "view_generator", "projector", "predictor")
+    known = [run.recipe for run in runs if run.recipe and run.points("loss")]
+    if not tasks and len({(r.train.batch_size, r.train.accumulate) for r in known}) > 1:
+        tasks = "the batch size"
+    if not tasks and len({run.data for run in runs if run.data and run.points("loss")}) > 1:
+        tasks = "the data"
     return f"Losses do not compare: the runs differ in {tasks}. The easier task has the lower loss." if tasks else ""
 
 

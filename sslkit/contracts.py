@@ -137,7 +137,8 @@ class HeadModule(Protocol):
 class LossModule(Protocol):
     """An `nn.Module` that may own parameters and buffers; they are trained and saved with the rest.
 
-    `forward` is pure: queues and centres move in `commit`, once after each optimizer step.
+    `forward` is pure: queues and centres move in `commit`, once after each optimizer step. It is called outside
+    autocast, with branches in float32.
     """
 
     additive: bool
@@ -158,7 +159,7 @@ class LossModule(Protocol):
     def __call__(self, branches: Branches) -> LossTerms: ...
 
     def commit(self, branches: Branches) -> None:
-        """Move the loss's own state, given the branches (detached) of the step that was just taken."""
+        """Move the loss's own state, given the branches (detached) of the step that was just taken. May be left out."""
         ...
 
 

@@ -56,10 +56,8 @@ class Facts:
     """Whether the predictor has parameters."""
     projector_normalised: bool
     """Whether the projector ends in a normalisation layer."""
-    queues: tuple[int, ...]
-    """Rows of each queue of the loss."""
-    rows_pushed: int
-    """Rows that the whole run can push into one: images times views."""
+    queues: tuple[tuple[int, int], ...]
+    """Of each queue of the loss, the rows it holds and those that the whole run pushes into it."""
 
 
 def check_accepted(accepted: Iterable[str]) -> None:
@@ -118,11 +116,10 @@ def queue_findings(facts: Facts) -> list[Finding]:
     return [
         Finding(
             "queue_never_full", ("loss", "queue"),
-            f"holds {rows} rows, and the whole run pushes at most {facts.rows_pushed}: the others stay random; set a "
-            "smaller loss.queue",
+            f"holds {rows} rows, and the whole run pushes {pushed}: the others stay random; set a smaller loss.queue",
         )
-        for rows in facts.queues
-        if rows > facts.rows_pushed
+        for rows, pushed in facts.queues
+        if rows > pushed
     ]  # fmt: skip
 
 
@@ -145,10 +142,10 @@ def swap_findings(facts: Facts) -> list[Finding]:
     if facts.target == "online" and not facts.projector_normalised:
         found.append(Finding(
             "ema_missing", ("target_updater",),
-            "the target is the online network itself, and BYOL's heads are known to collapse or learn little without "
-            "an EMA target (Grill et al. 2020, table 5a, tau = 0). SimSiam's heads and rates go with it: BatchNorm on "
-            "the projector's output (projector.output_norm), a predictor that narrows, a constant rate for it; see "
-            "the recipe simsiam_cifar10",
+            "the target is the online network itself, and heads made for an EMA target, such as BYOL's, are known to "
+            "collapse or learn little without one (Grill et al. 2020, table 5a, tau = 0). SimSiam's heads and rates go "
+            "with it: BatchNorm on the projector's output (projector.output_norm), a predictor that narrows, a "
+            "constant rate for it; see the recipe simsiam_cifar10",
         ))  # fmt: skip
     first, last = facts.tau(0), facts.tau(facts.total_steps - 1)
     if first is not None and last is not None:

@@ -18,9 +18,9 @@ from typing import Any, Literal
 
 import torch
 from rich.console import Console
-from torch import nn
 
 from sslkit import checkpoint, doctor, registry
+from sslkit.batch_norm import is_normalisation
 from sslkit.build import Parts, build, choose_device, resolve_compile
 from sslkit.diff import differences
 from sslkit.errors import RunFailed, SslkitError, UserError
@@ -225,7 +225,7 @@ def tell_findings(parts: Parts, source: str, overrides: Sequence[str], console: 
 
 
 def _facts(parts: Parts) -> doctor.Facts:
-    model = parts.model
+    model, seen = parts.model, parts.run.total_steps * parts.run.batch_size
     layers = [m for m in model.online.projector.modules() if next(m.children(), None) is None]
     return doctor.Facts(
         total_steps=parts.run.total_steps,
@@ -234,9 +234,8 @@ def _facts(parts: Parts) -> doctor.Facts:
         prevents_collapse=getattr(parts.loss, "prevents_collapse", True),
         wants_predictions=bool(model.needs.predictions),
         predictor_learns=model.predictor is not None and any(True for _ in model.predictor.parameters()),
-        queues=tuple(m.size for m in parts.loss.modules() if isinstance(m, Queue)),
-        rows_pushed=parts.run.total_steps * parts.run.batch_size * len(parts.run.views),
-        projector_normalised=isinstance(layers[-1], (nn.modules.batchnorm._NormBase, nn.LayerNorm, nn.GroupNorm)),
+        queues=tuple((q.size, seen * q.views) for q in parts.loss.modules() if isinstance(q, Queue)),
+        projector_normalised=is_normalisation(layers[-1]),
     )
 
 

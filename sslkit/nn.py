@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -152,14 +151,19 @@ class Queue(nn.Module):
 
     Rows are `[size, dim]`, of length 1 and random until they are overwritten, as in MoCo's code. They and the position
     are saved with the run. `push` belongs into a loss's `commit`; it has static shapes and waits for nothing.
+
+    Args:
+        size: Rows that are kept.
+        dim: Their dimension.
+        views: How many views of every image are pushed in a step, by which `train` tells whether the queue ever fills.
     """
 
     rows: Tensor
     pushed: Tensor
 
-    def __init__(self, size: int, dim: int) -> None:
+    def __init__(self, size: int, dim: int, *, views: int = 1) -> None:
         super().__init__()
-        self.size = size
+        self.size, self.views = size, views
         self.register_buffer("rows", unit(torch.randn(size, dim)))
         self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
 
@@ -171,57 +175,3 @@ class Queue(nn.Module):
         index = (first + torch.arange(len(kept), device=kept.device)) % self.size
         self.rows.index_copy_(0, index, kept.to(self.rows.dtype))
         self.pushed += len(rows)
-
-
-def split_batch_norm(network: nn.Module, groups: int, where: str) -> None:
-    """Make every BatchNorm of a network, in place, normalise `groups` equal parts of a batch apart.
-
-    Raises:
-        UserError: a BatchNorm that cannot be split, named after `where`: a subclass, or one without moving averages.
-    """
-    for name, module in network.named_modules():
-        if type(module) in _SPLIT and cast(_Split, module).track_running_stats and cast(_Split, module).momentum:
-            module.__class__ = _SPLIT[type(module)]
-            cast(_Split, module).groups = groups
-        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
-            raise UserError(
-                f"train.batch_norm = 'split:{groups}': {where} has a {type(module).__name__} ({name}), which cannot be "
-                "split; use train.batch_norm = 'local' or another model"
-            )
-
-
-class _Split(nn.modules.batchnorm._BatchNorm):
-    """BatchNorm with statistics of parts of a batch, as if each lay on a device of its own.
-
-    The running statistics take the mean over the parts, once per batch. State is that of the plain module.
-    """
-
-    groups: int
-
-    def forward(self, input: Tensor) -> Tensor:
-        if not self.training:
-            return super().forward(input)
-        if len(input) % self.groups:
-            raise UserError(f"BatchNorm: {len(input)} images cannot be split into {self.groups} equal groups")
-        mean, variance = cast(Tensor, self.running_mean), cast(Tensor, self.running_var)
-        means, variances = mean.repeat(self.groups, 1), variance.repeat(self.groups, 1)
-        momentum = cast(float, self.momentum)
-        parts = [
-            F.batch_norm(part, m, v, self.weight, self.bias, True, momentum, self.eps)
-            for part, m, v in zip(input.chunk(self.groups), means, variances, strict=True)
-        ]
-        mean.copy_(means.mean(0))
-        variance.copy_(variances.mean(0))
-        cast(Tensor, self.num_batches_tracked).add_(1)
-        return torch.cat(parts)
-
-
-class _Split1d(_Split, nn.BatchNorm1d):
-    pass
-
-
-class _Split2d(_Split, nn.BatchNorm2d):
-    pass
-
-
-_SPLIT: dict[type[nn.Module], type[nn.Module]] = {nn.BatchNorm1d: _Split1d, nn.BatchNorm2d: _Split2d}

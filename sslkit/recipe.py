@@ -109,7 +109,8 @@ class Train(BaseModel):
         if images % groups or images // groups < 2:
             raise PydanticCustomError(
                 "batch_norm",
-                "{images} images cannot be split into {groups} equal groups of two or more; choose another batch_size or N",
+                "{images} images cannot be split into {groups} equal groups of two or more; choose another batch_size "
+                "or N",
                 {"option": "batch_norm", "images": images, "groups": groups},
             )
         return self

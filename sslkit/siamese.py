@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from sslkit.api import TargetModule
 from sslkit.batch import Branches, Needs, ViewSpec
-from sslkit.nn import precise, split_batch_norm
+from sslkit.batch_norm import split_batch_norm
+from sslkit.nn import precise
 
 
 class Encoder(nn.Module):
@@ -56,7 +57,9 @@ class Siamese(nn.Module):
     def forward(self, views: Sequence[Tensor]) -> Branches:
         """V views `[B, C, h, w]` -> what every branch makes of them."""
         count, needs = len(views), self.needs
-        encoded = self._each(self.online, views, needs.online)
+        # Where the online projections are the targets, the targets' views go through the online network too.
+        wanted = {*needs.online, *needs.targets} if self.reuse_online else needs.online
+        encoded = self._each(self.online, views, sorted(wanted))
         embeddings = [None if e is None else e[0] for e in encoded]
         projections = [None if e is None else e[1] for e in encoded]
 
@@ -81,7 +84,8 @@ class Siamese(nn.Module):
         """The target's outputs for views that it is given in a random order, put back into theirs."""
         order = torch.randperm(len(views), device=views.device)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        return tuple(out.index_select(0, back) for out in cast(nn.Module, self.target)(views.index_select(0, order)))
+        # Indexing, since index_select would lose the memory layout of the views.
+        return tuple(out[back] for out in cast(nn.Module, self.target)(views[order]))
 
     def _each(self, network: Callable[..., Any], inputs: Sequence[Tensor | None], wanted: Sequence[int]) -> list[Any]:
         """`network` of the wanted inputs: one by one, or all of one shape in one call."""

@@ -47,11 +47,13 @@ class Trainer:
         """Step and value of the newest kNN accuracy."""
         self.best_knn: float | None = None
         self.trained = [p for group in parts.groups for p in group.parameters]
-        # Not the target's copies: they have no gradients, and only the updater moves them.
+        # Not the target's copies, save to follow schedules: they have no gradients, and only the updater moves them.
         tops = (self.model.online, self.model.predictor, self.loss, parts.updater)
         self.hooked = [
             m for top in tops if top is not None for m in top.modules() if any(hasattr(m, hook) for hook in HOOKS)
         ]
+        copies = self.model.target.modules() if self.model.target is not None else ()
+        self.copied = [m for m in copies if hasattr(m, "before_step")]
         self.scheduled = [m for m in self.loss.modules() if isinstance(m, ScheduledNumber) and m.constant is None]
         self.masks_on_device = self.device.type != "cpu"
         """Leave steps that are not finite out by arithmetic: asking would make the host wait for the device."""
@@ -120,6 +122,8 @@ class Trainer:
             group["lr"], group["weight_decay"] = values.lr(self.step), values.weight_decay(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self._call("before_step")
+        for module in self.copied:
+            module.before_step(self.step)  # type: ignore[operator]
 
     def _precision(self) -> AbstractContextManager[object]:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.train.precision == "bf16")
@@ -160,7 +164,9 @@ class Trainer:
             self.parts.target.update(self.model.online, self.model.target, tau)
 
     def _commit(self, branches: Branches, finite: Tensor) -> None:
-        """Let the loss move its queues and centres."""
+        """Let the loss move its queues and centres, if it has any."""
+        if not hasattr(self.loss, "commit"):
+            return
         with torch.no_grad():
             if not self.masks_on_device:
                 if bool(finite):

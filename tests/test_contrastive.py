@@ -112,7 +112,7 @@ CASES: dict[str, tuple[Loss, Formula]] = {
     "dclw_sharp": (DCL(weighted=True, sigma=0.2), lambda z: dcl_formula(z, sigma=0.2)),
     "supcon": (SupCon(), supcon_formula),
     "supcon_warm": (SupCon(temperature=0.3), lambda z: supcon_formula(z, t=0.3)),
-    "supcon_without_labels": (SupCon(use_labels=False), lambda z: nt_xent_formula(z, 0.1)),
+    "supcon_without_labels": (SupCon(use_labels=False), lambda z: supcon_formula(z, labels=torch.arange(6))),
 }
 cases = pytest.mark.parametrize(("spec", "formula"), CASES.values(), ids=CASES)
 specs = pytest.mark.parametrize("spec", [spec for spec, _ in CASES.values()], ids=CASES)
@@ -144,12 +144,18 @@ def test_labels_that_all_differ_leave_the_views_of_an_image():
     assert_same(ours, build(NTXent())(branches(z)).total, z)
 
 
-@pytest.mark.parametrize("count", [2, 3])
-def test_supcon_without_labels_is_nt_xent(count: int):
-    z = views(count)
+def test_supcon_without_labels_is_nt_xent_for_two_views():
+    z = views(2)
     supcon = build(SupCon(temperature=0.5, use_labels=False))
     for labels in (None, LABELS):
         assert_same(supcon(branches(z, labels)).total, build(NTXent())(branches(z)).total, z)
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_supcon_without_labels_has_a_label_for_every_image(count: int):
+    z = views(count)
+    every = build(SupCon(use_labels=False))(branches(z, LABELS)).total
+    assert_same(every, build(SupCon())(branches(z, torch.arange(6))).total, z)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -246,7 +252,7 @@ def test_terms_do_not_hold_the_graph_and_there_is_no_state(spec: Loss):
     terms = module(branches(views(2))).terms
     assert set(terms) == {"contrastive_accuracy", "cosine"}
     assert all(term.shape == () and not term.requires_grad for term in terms.values())
-    module.commit(branches(views(2)))
+    assert not hasattr(module, "commit")
     assert module.state_dict() == {}
 
 

@@ -325,7 +325,7 @@ def test_dinos_terms_tell_both_collapses():
         terms = module(Branches(TWO, [], [output, output], [], [output, output])).terms
         torch.testing.assert_close(terms["teacher_entropy"], torch.tensor(entropy, dtype=torch.float64))
         torch.testing.assert_close(terms["kl"], torch.zeros((), dtype=torch.float64))
-    assert module.prevents_collapse
+    assert not module.prevents_collapse
 
 
 def test_dino_needs_every_projection_and_targets_of_global_views():

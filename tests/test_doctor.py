@@ -54,7 +54,7 @@ def facts(**changes: object) -> Facts:
     byol: dict[str, object] = {
         "total_steps": 100, "tau": lambda k: 0.99 + k / 10_000, "target": "copy", "prevents_collapse": False,
         "wants_predictions": True, "predictor_learns": True, "projector_normalised": False,
-        "queues": (), "rows_pushed": 1000,
+        "queues": (),
     }  # fmt: skip
     return Facts(**(byol | changes))  # type: ignore[arg-type]
 
@@ -88,8 +88,8 @@ def test_a_part_swapped_on_its_own_is_warned_of(swap: dict[str, object], known: 
 
 
 def test_a_queue_that_is_never_full_is_warned_of_whatever_the_loss() -> None:
-    assert told(queues=(1000,)) == []
-    assert told(queues=(1001, 5), prevents_collapse=True) == ["queue_never_full"]
+    assert told(queues=((1000, 1000),)) == []
+    assert told(queues=((1001, 1000), (5, 9)), prevents_collapse=True) == ["queue_never_full"]
 
 
 def test_the_share_that_was_meant_is_named() -> None:

@@ -21,7 +21,7 @@ FLOORS = [
     {"errors", "randomness", "positions", "batch", "__init__"},
     {"registry", "contracts"},
     {"api"},
-    {"complaints", "sources", "nn", "charts"},
+    {"complaints", "sources", "nn", "batch_norm", "charts"},
     {"recipe"},
     {"health", "evaluate", "data", "siamese", "checkpoint", "run_directory", "events", "doctor", "describe"},
     {"build", "progress", "diff"},

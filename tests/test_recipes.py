@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import re
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT
+from PIL import Image
 
 from sslkit.cli import main
 from sslkit.recipe import parse_recipe, read_recipe
@@ -19,10 +22,6 @@ from sslkit.sources import shipped
 
 NAMES = sorted(shipped())
 DATA = Path(os.environ.get("SSLKIT_DATA", "nowhere"))
-
-
-def test_what_is_shipped_is_the_folder() -> None:
-    assert sorted(p.stem for p in (ROOT / "recipes").glob("*.toml")) == NAMES
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -109,6 +108,35 @@ SMALLER = {
     "wmse_cifar10": ["train.batch_size=64", "loss.sub_batch=32", "projector.out_dim=16"],
 }
 """What else a recipe needs, where its own figures do not fit batches of 16."""
+
+
+@pytest.fixture(scope="module")
+def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """640 training and 100 test images of noise in CIFAR-10's layout, as a data folder."""
+    folder = tmp_path_factory.mktemp("noise")
+    (folder / "cifar10").mkdir()
+    pixels = np.random.default_rng(0)
+    for split, images in (("train", 640), ("test", 100)):
+        rows = []
+        for number in range(images):
+            file = io.BytesIO()
+            Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+            rows.append({"img": {"bytes": file.getvalue(), "path": None}, "label": number % 10})
+        pq.write_table(pa.Table.from_pylist(rows), folder / "cifar10" / f"{split}.parquet")
+    return folder
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "cifar10" in n])
+def test_the_cifar10_recipes_build_without_a_finding_and_take_a_step(
+    name: str, noise: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SSLKIT_DATA", str(noise))
+    monkeypatch.chdir(tmp_path)
+    small = [word for setting in [*SMALL, *SMALLER.get(name, [])] for word in ("--set", setting)]
+    said = run("train", name, *small, "--set", "train.keep_checkpoints=1", "--steps", "1")
+    assert "warning" not in said, said
+    (loss,) = [r["loss"] for r in records(f"runs/{name}") if "loss" in r]
+    assert math.isfinite(loss)
 
 
 @pytest.mark.slow

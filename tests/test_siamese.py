@@ -140,3 +140,10 @@ def test_the_target_sees_other_groups_and_answers_in_order() -> None:
     torch.manual_seed(1)
     model([images])
     assert torch.equal(model.target.backbone.seen[-1][:, 0, 0, 0], seen), "keyed by the seed of the step"  # type: ignore[union-attr]
+
+
+def test_a_reused_online_branch_encodes_the_targets_views_too() -> None:
+    found = siamese(Reused(), Needs(projections=(0,), targets=(1,)))(VIEWS)
+    assert [t is not None for t in found.targets] == [False, True, False]
+    assert torch.equal(found.targets[1], found.projections[1].detach())  # type: ignore[union-attr, arg-type]
+    assert siamese(Absent(), Needs(projections=(0,)))(VIEWS).projections[1] is None

@@ -238,8 +238,20 @@ def test_hooks_come_before_the_step_after_the_backward_pass_and_after_the_step_a
     monkeypatch.setattr(head, "after_step", stepped, raising=False)
     steps(trainer(), 2)
     hooks = ("before_step", "after_backward", "after_step")
-    two = [[(hook, k, True) for hook in hooks for _ in range(2)] for k in (0, 1)]
-    assert called == two[0] + two[1], "projector and predictor, and not the target's projector"
+    two = [[(hook, k, True) for hook in hooks for _ in range(3 if hook == "before_step" else 2)] for k in (0, 1)]
+    assert called == two[0] + two[1], "projector and predictor; the target's projector only before the step"
+
+
+def test_the_targets_copy_of_a_head_follows_schedules(
+    trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    head = type(trainer(folder="probe").model.online.projector)
+    called: list[int] = []
+    monkeypatch.setattr(head, "before_step", lambda self, step: called.append(id(self)), raising=False)
+    t = trainer()
+    steps(t, 1)
+    assert t.model.target is not None
+    assert id(t.model.target.projector) in called
 
 
 def test_branches_reach_the_loss_in_float32(trainer: Callable[..., Trainer]) -> None:

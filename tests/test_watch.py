@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,6 +90,7 @@ def test_tensorboard_files_hold_every_record_once_across_a_resume(tmp_path: Path
     trainer.bus.emit("run_ended", run=trainer, status="stopped")
     trainer.files.close()
 
+    time.sleep(1)  # TensorBoard orders files by the second that they were begun in
     found, _ = checkpoint.newest(trainer.files.checkpoints)
     assert found is not None
     files = RunDirectory(tmp_path / "run")

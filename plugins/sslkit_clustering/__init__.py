@@ -25,7 +25,8 @@ class SwAV(Loss):
 
     No gradient flows through codes. The loss wants online projections alone: no predictor, no target. Its prototypes
     are trained as the part `loss` of the optimizer, and brought back to length 1 after every step. The equal shares
-    keep collapse away: if all images look alike, their codes are uniform and the loss is log(prototypes) or more.
+    keep collapse from paying: if all images look alike, their codes are uniform and the loss is log(prototypes) or
+    more. A run may still stay there, with `kl` near 0; a lower epsilon (0.03, or 0.02) or a longer freeze helps.
 
     Metrics: `code_entropy` (mean entropy of a code in nats; log(prototypes) if the images cannot be told apart), `kl`
     (how far predictions are from codes: loss - code_entropy), `prototypes_used` (how many are the nearest to some

@@ -50,6 +50,11 @@ class SwAVLoss(nn.Module):
         self.epsilon = ScheduledNumber(options.epsilon, run, "loss.epsilon", above=0)
         self.iterations = options.iterations
         self.frozen_steps = round(options.freeze_prototypes_epochs * run.steps_per_epoch)
+        if self.frozen_steps >= run.total_steps:
+            raise UserError(
+                "loss.freeze_prototypes_epochs: the prototypes would stay as they were drawn for all "
+                f"{run.total_steps} steps; set fewer epochs"
+            )
         self.prototypes = nn.Parameter(unit(torch.randn(options.prototypes, dim)))
         queued = global_views(run.views) if options.queue else ()
         self.queues = nn.ModuleList(Queue(options.queue, dim) for _ in queued)

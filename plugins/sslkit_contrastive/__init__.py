@@ -95,7 +95,7 @@ class SupCon(Loss):
     temperature: Scheduled = 0.1
     """What similarities are divided by."""
     use_labels: bool = True
-    """False leaves the labels alone: the loss is then `nt_xent` with this temperature."""
+    """False gives every image a label of its own: with two views the loss is then `nt_xent`."""
 
     def build(self, dim: int, run: RunInfo) -> nn.Module:
         from sslkit.nn import ScheduledNumber
@@ -139,7 +139,8 @@ class MoCo(Loss):
         from sslkit_contrastive.moco import MoCoLoss
 
         temperature = ScheduledNumber(self.temperature, run, "loss.temperature", above=0)
-        return MoCoLoss(temperature, Queue(self.queue, dim), self.symmetric)
+        keys = sum(view.kind == "global" for view in run.views) if self.symmetric else 1
+        return MoCoLoss(temperature, Queue(self.queue, dim, views=keys), self.symmetric)
 
 
 class MoCoV3(Loss):

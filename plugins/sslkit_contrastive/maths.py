@@ -103,6 +103,3 @@ class InBatch(nn.Module):
         projections = chosen(branches.projections, needed, f"loss {self.name!r} has no projection")
         refuse_one_image(len(projections[0]), self.name)
         return torch.stack([unit(p) for p in projections])
-
-    def commit(self, branches: Branches) -> None:
-        """Nothing to move: the loss has no state."""

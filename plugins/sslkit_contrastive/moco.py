@@ -121,6 +121,3 @@ class MoCoV3Loss(nn.Module):
             cosines.append(seen.diagonal().mean() * temperature)
         explained = {"contrastive_accuracy": torch.stack(right).mean(), "cosine": torch.stack(cosines).mean()}
         return LossTerms(2 * temperature * torch.stack(losses).sum(), explained)
-
-    def commit(self, branches: Branches) -> None:
-        """Nothing to move: the loss has no state."""

@@ -11,7 +11,6 @@ from sslkit.batch import Branches, LossTerms
 from sslkit.errors import UserError
 from sslkit.nn import ScheduledNumber
 from sslkit_contrastive.maths import InBatch, accuracy, logits, without_autocast
-from sslkit_contrastive.nt_xent import nt_xent
 
 
 def supcon(vectors: Tensor, labels: Tensor, temperature: float | Tensor) -> LossTerms:
@@ -49,9 +48,9 @@ class SupConLoss(InBatch):
         Raises:
             UserError: the data has no labels, a view has no projection, or the batch has one image.
         """
-        vectors = self.vectors(branches)
+        vectors, labels = self.vectors(branches), branches.labels
         if not self.use_labels:
-            return nt_xent(vectors, self.temperature())
-        if branches.labels is None:
+            labels = torch.arange(vectors.shape[1], device=vectors.device)
+        if labels is None:
             raise UserError("loss 'supcon' has no labels: the data_source gives none; set loss.use_labels = false")
-        return supcon(vectors, branches.labels, self.temperature())
+        return supcon(vectors, labels, self.temperature())

@@ -54,6 +54,3 @@ class CosineLoss(nn.Module):
         cosine = torch.stack(similarities)
         total = (2 - 2 * cosine).sum() if self.form == "byol" else -cosine.mean()
         return LossTerms(total, {"cosine": cosine.detach().mean()})
-
-    def commit(self, branches: Branches) -> None:
-        """Nothing to move: the loss has no state."""

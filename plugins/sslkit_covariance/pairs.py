@@ -37,9 +37,6 @@ class PairLoss(nn.Module):
         found = chosen(branches.projections, wanted, f"loss {self.name!r} has no projection")
         return [precise(p) for p in found]
 
-    def commit(self, branches: Branches) -> None:
-        """Nothing to move: the loss has no state."""
-
 
 def unordered(views: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
     """All unordered pairs of different views."""

@@ -27,7 +27,7 @@ class DINOLoss(nn.Module):
     """
 
     additive = True
-    prevents_collapse = True
+    prevents_collapse = False  # centring alone does not: it takes a slow teacher too
     centre: Tensor
 
     def __init__(self, options: DINO, dim: int, run: RunInfo) -> None:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkit.api import RunInfo
+from sslkit.errors import UserError
 from sslkit.nn import unit
 
 if TYPE_CHECKING:
@@ -57,6 +58,11 @@ class PrototypeHead(nn.Module):
             options.bottleneck_dim, options.out_dim, learn_lengths=not options.norm_last_layer
         )
         self.frozen_steps = round(options.freeze_last_layer_epochs * run.steps_per_epoch)
+        if self.frozen_steps >= run.total_steps:
+            raise UserError(
+                "projector.freeze_last_layer_epochs: the last layer would stay as it was drawn for all "
+                f"{run.total_steps} steps; set fewer epochs"
+            )
         self.out_dim = options.out_dim
 
     def forward(self, features: Tensor) -> Tensor:

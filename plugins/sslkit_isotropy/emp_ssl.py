@@ -61,6 +61,3 @@ class EMPSSLLoss(nn.Module):
             cosine = (z * unit(z.mean(0))).sum(-1).mean()
         total = -rate - self.invariance() * cosine
         return LossTerms(total, {"coding_rate": rate.detach(), "cosine": cosine.detach()})
-
-    def commit(self, branches: Branches) -> None:
-        """Nothing to move: the loss has no state."""

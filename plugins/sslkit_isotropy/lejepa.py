@@ -80,6 +80,3 @@ class LeJEPALoss(nn.Module):
         share = self.share()
         total = (1 - share) * prediction + share * sigreg
         return LossTerms(total, {"prediction": prediction.detach(), "sigreg": sigreg.detach()})
-
-    def commit(self, branches: Branches) -> None:
-        """Nothing to move: the loss has no state."""

@@ -19,6 +19,8 @@ class IterNorm(nn.Module):
     that does not divide the width, the greatest number below it that does.
     """
 
+    batch_statistics = True
+    """Seen by `train.batch_norm = "split:N"`, which cannot split it and says so."""
     running_mean: Tensor
     running_whitening: Tensor
 
