@@ -135,11 +135,11 @@ class MoCo(Loss):
     loss is the mean over these pairs (the authors' CIFAR-10 demo takes the sum). All keys enter the one queue."""
 
     def build(self, dim: int, run: RunInfo) -> nn.Module:
-        from sslkit.nn import Queue, ScheduledNumber
+        from sslkit.nn import Queue, ScheduledNumber, global_views
         from sslkit_contrastive.moco import MoCoLoss
 
         temperature = ScheduledNumber(self.temperature, run, "loss.temperature", above=0)
-        keys = sum(view.kind == "global" for view in run.views) if self.symmetric else 1
+        keys = len(global_views(run.views)) if self.symmetric else 1
         return MoCoLoss(temperature, Queue(self.queue, dim, views=keys), self.symmetric)
 
 
