@@ -58,6 +58,5 @@ class Attending:
             return
         self.told[finding.id] = finding
         when = "" if finding.step is None else f" at step {finding.step}"
-        what = f"{finding.what.rstrip('.')}: {finding.evidence}; {finding.fix}"
-        self._say(f"{finding.severity}{when}: {what} [{finding.id}]")
+        self._say(f"{finding.severity}{when}: {finding.sentence} [{finding.id}]")
         self.lost = self.lost or (self.stop_on is not None and RANKS[finding.severity] <= RANKS[self.stop_on])

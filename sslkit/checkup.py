@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
 
 from sslkit import doctor
-from sslkit.build import build, choose_device
-from sslkit.facts import gather
-from sslkit.launch import located, placed
+from sslkit.launch import located, prepare
 from sslkit.progress import say
 from sslkit.recipe import read_recipe
 from sslkit.rules import Course
@@ -27,11 +26,7 @@ def check(source: str, overrides: Sequence[str] = (), *, strict: bool = False, a
         UserError: the recipe cannot be built.
     """
     recipe = read_recipe(source, overrides)
-    doctor.check_accepted(recipe.train.accept)
-    aside = Console(stderr=True)
-    with placed(source, overrides):
-        parts = build(recipe, choose_device("auto"), lambda text: say(aside, text))
-    known = gather(parts)
+    _, known = prepare(recipe, source, overrides, "auto", partial(say, Console(stderr=True)))
     size = f"{known.total_steps} steps, {known.steps_per_epoch} an epoch"
     found = doctor.examine(Course(known), f"{recipe.name} ({recipe.hash()}), {size}", accepted=known.accepted)
     found = replace(found, findings=tuple(located(found.findings, source, overrides)))

@@ -141,6 +141,17 @@ def knn_accuracy(
     return float((predicted == query_labels).float().mean())
 
 
+def knn_record(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, *, k: int, temperature: float
+) -> dict[str, float]:
+    """`knn_accuracy` with what it depends on, as a record of a run has it: `k` is at most the size of the bank."""
+    k = min(k, len(bank))
+    return {
+        "knn_top1": knn_accuracy(bank, bank_labels, queries, query_labels, k=k, temperature=temperature), "knn_k": k,
+        "knn_temperature": temperature, "knn_bank": len(bank), "knn_queries": len(queries),
+    }  # fmt: skip
+
+
 def chosen(images: Images, number: int) -> Tensor:
     """`number` images of the set, the same every time; all of them for 0."""
     if number == 0 or number >= len(images):

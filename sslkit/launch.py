@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -100,8 +100,6 @@ def train(
     """
     console = console or PatientConsole()
     recipe = read_recipe(source, overrides)
-    doctor.check_accepted(recipe.train.accept)
-    where = choose_device(device)
     path = _choose_directory(recipe.name, run_dir, resume)
     with _opened(path) as files:
         earlier = _earlier_recipe(files)
@@ -112,9 +110,7 @@ def train(
                 summarise(files.path, console)
                 return 0
         with _reported(files, recipe):
-            with placed(source, overrides):
-                parts = build(recipe, where, partial(say, console))
-            known = gather(parts)
+            parts, known = prepare(recipe, source, overrides, device, partial(say, console))
             tell_findings(known, source, overrides, console, strict=strict)
             return _train(parts, files, Attending(known, partial(say, console), stop_on), steps, console)
 
@@ -224,6 +220,20 @@ def _end(trainer: Trainer, status: str) -> None:
             raise
 
 
+def prepare(
+    recipe: Recipe, source: str, overrides: Sequence[str], device: str, tell: Callable[[str], None]
+) -> tuple[Parts, Facts]:
+    """Build the parts of a recipe that was read from `source`, and try them out.
+
+    Raises:
+        UserError: they do not go together, or not with the machine; with the line of the recipe.
+    """
+    doctor.check_accepted(recipe.train.accept)
+    with placed(source, overrides):
+        parts = build(recipe, choose_device(device), tell)
+    return parts, gather(parts)
+
+
 @contextmanager
 def placed(source: str, overrides: Sequence[str]) -> Iterator[None]:
     """Put `recipe.toml:7: ` before what the parts of a recipe object to, where a line begins with a key or a slot."""
@@ -257,7 +267,7 @@ def tell_findings(
         if finding.id in known.accepted or finding.severity == "info":
             continue
         at = ": ".join(filter(None, [finding.where, finding.key]))
-        line = f"{at or source}: {finding.what.rstrip('.')}: {finding.evidence}; {finding.fix}"
+        line = f"{at or source}: {finding.sentence}"
         accept = f"--set train.accept='[\"{finding.id}\"]'"
         if finding.severity == "error" or strict:
             refused.append(f"{line} (to train all the same: {accept})")

@@ -7,7 +7,6 @@ inside, and a policy by which the browser runs nothing but these scripts and fet
 from __future__ import annotations
 
 import base64
-import contextlib
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from sslkit.errors import UserError
+from sslkit.files import in_one_piece
 
 
 @dataclass(frozen=True)
@@ -104,13 +104,10 @@ def save(path: Path, text: str) -> None:
     Raises:
         UserError: it cannot be written.
     """
-    staging = path.with_name(f".{path.name}.tmp")
     try:
-        staging.write_text(text, encoding="utf-8", newline="\n")
-        staging.replace(path)
+        with in_one_piece(path) as staging:
+            staging.write_text(text, encoding="utf-8", newline="\n")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            staging.unlink(missing_ok=True)
         raise UserError(f"--out {path}: cannot be written: {error.strerror}; choose another place") from None
 
 

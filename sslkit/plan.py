@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -14,11 +15,10 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from sslkit import doctor
-from sslkit.build import Parts, build, choose_device, resolve_compile
-from sslkit.facts import gather
-from sslkit.launch import placed, tell_findings, view_pixels
+from sslkit.build import Parts, resolve_compile
+from sslkit.launch import prepare, tell_findings, view_pixels
 from sslkit.nn import ScheduledNumber
+from sslkit.progress import say
 from sslkit.recipe import read_recipe
 from sslkit.run_directory import RunDirectory
 from sslkit.train import Trainer
@@ -42,10 +42,8 @@ def show_plan(source: str, overrides: Sequence[str], *, device: str) -> None:
     """
     console = Console(highlight=False)
     recipe = read_recipe(source, overrides)
-    doctor.check_accepted(recipe.train.accept)
-    with placed(source, overrides):
-        parts = build(recipe, choose_device(device), lambda text: console.print(text, soft_wrap=True))
-    tell_findings(gather(parts), source, overrides, console)
+    parts, known = prepare(recipe, source, overrides, device, partial(say, console))
+    tell_findings(known, source, overrides, console)
     run = parts.run
     parts.recipe = resolve_compile(recipe, view_pixels(parts), run.device)
     console.print(parts.recipe.to_toml(), markup=False, soft_wrap=True)

@@ -335,6 +335,11 @@ class Finding:
     where: str = ""
     """File and line of the recipe that set `key`, where they are known."""
 
+    @property
+    def sentence(self) -> str:
+        """What is wrong, the evidence and the fix, in a line."""
+        return f"{self.what.rstrip('.')}: {self.evidence}; {self.fix}"
+
 
 def ordered(found: Iterable[Finding]) -> list[Finding]:
     """Errors first; among them causes before what they bring about, and what was known before training first."""

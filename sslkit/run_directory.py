@@ -19,6 +19,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from sslkit.errors import RunFailed, UserError
+from sslkit.files import in_one_piece
 
 LOCK_HEADER = "# Every option of the run, spelt out. `sslkit train` on this file gives the same losses.\n"
 
@@ -76,14 +77,13 @@ class RunDirectory:
         """
         path = self.path / name
         try:
-            staging = path.with_name(f".{name}.tmp")
-            staging.write_text(text, encoding="utf-8")
-            staging.replace(path)
+            with in_one_piece(path) as staging:
+                staging.write_text(text, encoding="utf-8")
         except OSError as error:
             raise RunFailed(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def status(self, state: str, **facts: Any) -> None:
-        """`status.json`: running, preempted, interrupted, stopped, failed or done, with the step."""
+        """`status.json`: running, preempted, interrupted, stopped, lost, failed or done, with the step."""
         now = datetime.now(UTC).isoformat(timespec="seconds")
         told = {"status": state, "time": now, "pid": os.getpid(), **self.lasting, **facts}
         self.write("status.json", json.dumps(told, indent=1) + "\n")

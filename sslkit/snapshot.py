@@ -18,6 +18,7 @@ from torch import Tensor
 from sslkit.api import Images
 from sslkit.evaluate import chosen
 from sslkit.events import Run
+from sslkit.files import in_one_piece
 from sslkit.health import eigenvalues, rank_of
 
 BANK, POINTS, QUERIES, NEIGHBOURS = 3_000, 500, 8, 6
@@ -55,9 +56,9 @@ def take(run: Run) -> dict[str, Any]:
 
 def write(directory: Path, found: dict[str, Any]) -> Path:
     """Put a snapshot into a run directory, in one piece."""
-    path, staging = directory / "snapshot.json", directory / ".snapshot.json.tmp"
-    staging.write_text(json.dumps(found), encoding="utf-8")
-    staging.replace(path)
+    path = directory / "snapshot.json"
+    with in_one_piece(path) as staging:
+        staging.write_text(json.dumps(found), encoding="utf-8")
     return path
 
 

@@ -21,6 +21,7 @@ from sslkit import randomness
 from sslkit.api import Images, ImageSet, RunInfo, ViewMaker
 from sslkit.build import build_views, choose_device
 from sslkit.errors import RunFailed, UserError
+from sslkit.files import in_one_piece
 from sslkit.recipe import read_recipe
 from sslkit.view_words import Box, box, drawn, words
 
@@ -169,9 +170,8 @@ def write(data: ImageSet, run: RunInfo, views: ViewMaker, name: str, path: Path,
     """
     image = draw(data, run, views, name, images)
     try:
-        staging = path.with_name(f".{path.name}.tmp")
-        image.save(staging, "PNG")
-        staging.replace(path)
+        with in_one_piece(path) as staging:
+            image.save(staging, "PNG")
     except OSError as error:
         raise RunFailed(f"{path}: cannot be written: {error.strerror or error}") from error
 

@@ -4,14 +4,19 @@ import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread only waits for the first
 
+import io
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
 from sslkit.api import RunInfo
 
@@ -130,3 +135,16 @@ def browser() -> Iterator[Any]:
         started = playwright.chromium.launch(executable_path=found)
         yield started
         started.close()
+
+
+def noisy_cifar10(folder: Path, *, train: int, test: int) -> None:
+    """Images of noise in CIFAR-10's layout, for `SSLKIT_DATA=folder`."""
+    (folder / "cifar10").mkdir()
+    pixels = np.random.default_rng(0)
+    for split, images in (("train", train), ("test", test)):
+        rows = []
+        for number in range(images):
+            file = io.BytesIO()
+            Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
+            rows.append({"img": {"bytes": file.getvalue(), "path": None}, "label": number % 10})
+        pq.write_table(pa.Table.from_pylist(rows), folder / "cifar10" / f"{split}.parquet")

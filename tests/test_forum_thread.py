@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import io
 import json
 import math
 import re
@@ -11,17 +10,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, run_info
+from conftest import ROOT, noisy_cifar10, run_info
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 from pydantic import ValidationError
 from torch import nn
 
@@ -87,15 +82,7 @@ def test_a_base_is_between_nought_and_one(base: float) -> None:
 @pytest.fixture
 def noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CIFAR-10 as 32 training and 8 test images of noise."""
-    (tmp_path / "cifar10").mkdir()
-    pixels = np.random.default_rng(0)
-    for split, images in (("train", 32), ("test", 8)):
-        rows = []
-        for number in range(images):
-            file = io.BytesIO()
-            Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
-            rows.append({"img": {"bytes": file.getvalue(), "path": None}, "label": number % 10})
-        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "cifar10" / f"{split}.parquet")
+    noisy_cifar10(tmp_path, train=32, test=8)
     monkeypatch.setenv("SSLKIT_DATA", str(tmp_path))
 
 

@@ -18,7 +18,7 @@ from sslkit.api import KIND_CLASSES, Component
 from sslkit.recipe import Recipe, Train
 
 FLOORS: list[set[str]] = [
-    {"errors", "randomness", "positions", "batch", "rules", "__init__"},
+    {"errors", "files", "randomness", "positions", "batch", "rules", "__init__"},
     {"registry", "contracts"},
     {"api"},
     {"complaints", "sources", "nn", "batch_norm", "page", "charts", "view_words"},

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import os
 import re
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from PIL import Image
+from conftest import noisy_cifar10
 
 from sslkit.cli import main
 from sslkit.recipe import parse_recipe, read_recipe
@@ -111,19 +108,15 @@ SMALLER = {
 """What else a recipe needs, where its own figures do not fit batches of 16."""
 
 
+def small(name: str) -> list[str]:
+    return [word for setting in [*SMALL, *SMALLER.get(name, [])] for word in ("--set", setting)]
+
+
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """640 training and 100 test images of noise in CIFAR-10's layout, as a data folder."""
     folder = tmp_path_factory.mktemp("noise")
-    (folder / "cifar10").mkdir()
-    pixels = np.random.default_rng(0)
-    for split, images in (("train", 640), ("test", 100)):
-        rows = []
-        for number in range(images):
-            file = io.BytesIO()
-            Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
-            rows.append({"img": {"bytes": file.getvalue(), "path": None}, "label": number % 10})
-        pq.write_table(pa.Table.from_pylist(rows), folder / "cifar10" / f"{split}.parquet")
+    noisy_cifar10(folder, train=640, test=100)
     return folder
 
 
@@ -133,8 +126,7 @@ def test_the_cifar10_recipes_build_without_a_finding_and_take_a_step(
 ) -> None:
     monkeypatch.setenv("SSLKIT_DATA", str(noise))
     monkeypatch.chdir(tmp_path)
-    small = [word for setting in [*SMALL, *SMALLER.get(name, [])] for word in ("--set", setting)]
-    said = run("train", name, *small, "--set", "train.keep_checkpoints=1", "--steps", "1")
+    said = run("train", name, *small(name), "--set", "train.keep_checkpoints=1", "--steps", "1")
     assert "warning" not in said, said
     (loss,) = [r["loss"] for r in records(f"runs/{name}") if "loss" in r]
     assert math.isfinite(loss)
@@ -149,11 +141,10 @@ def test_the_cifar10_recipes_train_and_go_on(
     """Twenty steps on real images, finite and without a warning; and what follows a checkpoint is what would have."""
     monkeypatch.setenv("SSLKIT_DATA", str(slice_of_cifar10))
     monkeypatch.chdir(tmp_path)
-    small = [word for setting in [*SMALL, *SMALLER.get(name, [])] for word in ("--set", setting)]
-    said = run("train", name, *small, "--steps", "25", "--run-dir", "whole")
+    said = run("train", name, *small(name), "--steps", "25", "--run-dir", "whole")
     assert "warning" not in said, said
-    run("train", name, *small, "--steps", "20", "--run-dir", "parts")
-    assert "going on from step 20" in run("train", name, *small, "--steps", "25", "--run-dir", "parts")
+    run("train", name, *small(name), "--steps", "20", "--run-dir", "parts")
+    assert "going on from step 20" in run("train", name, *small(name), "--steps", "25", "--run-dir", "parts")
     losses = {f: [(r["step"], r["loss"]) for r in records(f) if "loss" in r] for f in ("whole", "parts")}
     assert [step for step, _ in losses["whole"]] == list(range(1, 26))
     assert all(loss is not None and math.isfinite(loss) for _, loss in losses["whole"])

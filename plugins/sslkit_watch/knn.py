@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sslkit.evaluate import chosen, knn_accuracy
+from sslkit.evaluate import chosen, knn_record
 from sslkit.events import Run, observes
 
 if TYPE_CHECKING:
@@ -53,9 +53,6 @@ class KNNObserver:
         assert self.labels is not None
         bank, queries = run.features("train", self.bank), run.features("test", self.queries)
         bank_labels, query_labels = (labels.to(bank.device) for labels in self.labels)
-        k = min(self.options.k, len(bank))
-        accuracy = knn_accuracy(bank, bank_labels, queries, query_labels, k=k, temperature=self.options.temperature)
-        run.record({
-            "knn_top1": accuracy, "knn_k": k, "knn_temperature": self.options.temperature, "knn_bank": len(bank),
-            "knn_queries": len(queries),
-        })  # fmt: skip
+        run.record(
+            knn_record(bank, bank_labels, queries, query_labels, k=self.options.k, temperature=self.options.temperature)
+        )

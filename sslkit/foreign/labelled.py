@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.errors import UserError
-from sslkit.evaluate import CHUNK, in_eval_mode, knn_accuracy
+from sslkit.evaluate import CHUNK, in_eval_mode, knn_record
 
 TEMPERATURE = 0.1
 
@@ -68,11 +68,7 @@ class Labelled:
         if bank is None or queries is None:
             return {}
         labels, truth = (found.long().to(bank.device) for found in (self.bank_labels, self.query_labels))
-        k = min(self.k, len(bank))
-        return {
-            "knn_top1": knn_accuracy(bank, labels, queries, truth, k=k, temperature=TEMPERATURE), "knn_k": k,
-            "knn_temperature": TEMPERATURE, "knn_bank": len(bank), "knn_queries": len(queries),
-        }  # fmt: skip
+        return knn_record(bank, labels, queries, truth, k=self.k, temperature=TEMPERATURE)
 
     def _features(self, backbone: nn.Module, images: Tensor, width: int | None) -> Tensor | None:
         """float32 `[N, d]`, in eval mode."""

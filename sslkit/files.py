@@ -1,0 +1,20 @@
+"""Files that no reader ever sees half of."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def in_one_piece(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to: it takes the place of `path` when the block ends, or is removed if it fails."""
+    staging = path.with_name(f".{path.name}.tmp")
+    try:
+        yield staging
+        staging.replace(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            staging.unlink(missing_ok=True)
+        raise
