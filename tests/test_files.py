@@ -23,9 +23,14 @@ def test_the_old_text_stands_until_the_new_one_is_whole(tmp_path: Path) -> None:
 def test_what_fails_leaves_the_old_text_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "status.json"
     path.write_text("old")
-    with pytest.raises(error), in_one_piece(path) as staging:
-        staging.write_text("half")
-        raise error
+
+    def fail() -> None:
+        with in_one_piece(path) as staging:
+            staging.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("status.json", "old")]
 
 
