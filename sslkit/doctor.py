@@ -131,6 +131,8 @@ class Examination:
     """Rules that are installed and could not be asked."""
     over: bool = True
     """Whether the run has ended, or has not begun: a verdict while it goes on is one so far."""
+    unseen: bool = False
+    """Whether the run was begun and nothing of its training is recorded."""
 
     def count(self, severity: Severity) -> int:
         """Findings of one severity."""
@@ -150,6 +152,10 @@ class Examination:
     @property
     def _judged(self) -> str:
         errors, warnings = self.count("error"), self.count("warning")
+        if errors and all(f.id == "no_quality_metric" for f in self.findings if f.severity == "error"):
+            return "cannot be judged: nothing recorded tells good features from useless ones; measure kNN or a probe"
+        if self.unseen and not errors:
+            return "cannot be judged: no step was seen"
         if errors:
             again = " and start again from epoch 0" if self._began else ""
             return f"not trustworthy: mend the {'error' if errors == 1 else f'{errors} errors'}{again}"
@@ -221,7 +227,9 @@ def examine(course: Course, title: str, *, notes: Iterable[str] = (), accepted: 
         meant = [replace(f, key="") for f in meant]
     broken = rules()[1]
     over = course.status.get("status") in (None, "done", "failed", "lost")
-    return Examination(title, tuple(explained(meant)), (*notes, *_figures(course), *broken), len(broken), over)
+    unseen = bool(course.status) and not course.step and not course.status.get("step")
+    told = tuple(explained(meant))
+    return Examination(title, told, (*notes, *_figures(course), *broken), len(broken), over, unseen)
 
 
 def _figures(course: Course) -> list[str]:

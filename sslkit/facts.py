@@ -6,9 +6,8 @@ Nothing here changes the parts: what would move is copied first.
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, cast
 
@@ -17,22 +16,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkit import randomness, registry
-from sslkit.api import Images, LossModule, TargetModule, ViewMaker
-from sslkit.batch import Branches, Needs, ViewSpec
+from sslkit.api import Images, TargetModule, ViewMaker
 from sslkit.batch_norm import is_normalisation
 from sslkit.build import Parts
 from sslkit.evaluate import in_eval_mode
 from sslkit.health import target_drift
+from sslkit.loss_facts import loss_facts
 from sslkit.nn import Queue
 from sslkit.panel import shared_parameters
 from sslkit.rules import Facts, QueueFacts, Trajectory
 
 IMAGES = 64
 """Images whose views are looked at."""
+DRAWN, DRAWS = 61, 16
+"""Images that view parameters are drawn for, a prime that no other dimension is likely to be, and how often."""
 TRIED = 16
-"""Images of the random batches that a loss is tried with, and updates that a target is tried with."""
-LARGEST = 2**27
-"""Numbers in the largest batch that a loss is tried with."""
+"""Updates that a target is tried with."""
 COMPARED = 1_000
 """Test images that are looked for among the training images."""
 
@@ -58,6 +57,9 @@ def gather(parts: Parts) -> Facts:
             quality=tuple(m for o in recipe.observers if o.enabled for m in type(o).measures),
             evaluated=parts.target.evaluated,
             shared_images=shared_images(data.train, data.test),
+            commonest_image=commonest_image(data.train),
+            classes=_classes(data.train),
+            test_classes=_classes(data.test),
             clean_scale=_scale(parts.views.clean(shown.to(parts.device))),
             **view_facts(parts.views, shown.to(parts.device), run.seed),
             view_sizes=tuple(spec.size for spec in run.views),
@@ -105,6 +107,16 @@ def shared_images(train: Images, test: Images | None) -> float | None:
     return sum(key in found for key in looked_for) / len(looked_for)
 
 
+def commonest_image(images: Images) -> float | None:
+    """Share of training images (1,000 of them, 64 where they are not in memory) that are one and the same picture."""
+    shown = _spread(images, IMAGES if images.tensor is None else COMPARED)
+    return max(Counter(p.numpy().tobytes() for p in shown).values()) / len(shown) if len(shown) > 1 else None
+
+
+def _classes(images: Images | None) -> int | None:
+    return None if images is None or images.labels is None else len(images.labels.unique())
+
+
 def view_facts(views: ViewMaker, images: Tensor, seed: int) -> dict[str, Any]:
     """How views differ: from one another, between images, between steps; and whether their randomness is keyed."""
 
@@ -122,9 +134,29 @@ def view_facts(views: ViewMaker, images: Tensor, seed: int) -> dict[str, Any]:
         "view_difference": difference,
         "view_scale": _scale(first[0]),
         "images_share_draws": one_draw and random,
+        "shared_draws": shared_draws(views, seed),
         "steps_share_draws": not random and difference is not None and difference[1] > 0,
         "draws_are_keyed": _same(first, again),
     }
+
+
+def shared_draws(views: ViewMaker, seed: int) -> tuple[str, ...]:
+    """Parameters of which a part is equal for all images of every draw, and not the same in all draws.
+
+    A coin that nearly always falls on one side is equal for all images, too, but then always the same.
+    """
+    draws = [views.draw(DRAWN, randomness.generator(seed, "doctor draws", i)) for i in range(DRAWS)]
+    return tuple(name for name in draws[0] if _shared([drawn[name] for drawn in draws if name in drawn]))
+
+
+def _shared(draws: Sequence[Tensor]) -> bool:
+    if len({drawn.shape for drawn in draws}) > 1:
+        return False
+    images = next((axis for axis, size in enumerate(draws[0].shape) if size == DRAWN), None)
+    # `[draws, images, numbers of an image]`; without a dimension of images, all of them have the one value.
+    values = torch.stack([d[None] if images is None else d.movedim(images, 0) for d in draws])[..., None].flatten(2)
+    equal = (values == values[:, :1]).all(1).all(0)
+    return bool((equal & (values[:, 0] != values[:1, 0]).any(0)).any())
 
 
 def _scale(pixels: Tensor) -> tuple[float, float]:
@@ -207,150 +239,6 @@ def unmoved(updater: nn.Module, online: nn.Module, target: nn.Module | None) -> 
 def _gap(online: nn.Module, target: nn.Module | None) -> float | None:
     mine, theirs = shared_parameters(online, target)
     return float(target_drift(mine, theirs)[0]) if mine else None
-
-
-# ---------------------------------------------------------------- loss
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """A loss, and the shapes of what it takes."""
-
-    loss: LossModule
-    specs: tuple[ViewSpec, ...]
-    needs: Needs
-    dim: int
-    device: torch.device
-    generator: torch.Generator
-
-    def branches(self, n: int, vectors: Callable[[str, int], Tensor], labels: Tensor | None = None) -> Branches:
-        """Branches that hold `vectors(branch, view)` `[n, dim]` wherever the loss wants something."""
-
-        def filled(branch: str, views: tuple[int, ...]) -> list[Tensor | None]:
-            return [vectors(branch, view) if view in views else None for view in range(len(self.specs))]
-
-        projections = filled("projections", self.needs.projections)
-        return Branches(
-            self.specs, projections, projections, filled("predictions", self.needs.predictions),
-            filled("targets", self.needs.targets), torch.arange(n, device=self.device), labels,
-        )  # fmt: skip
-
-    def random(self, n: int = TRIED) -> Tensor:
-        """`[n, dim]` standard normal."""
-        return torch.randn(n, self.dim, generator=self.generator).to(self.device)
-
-    def labels(self, n: int = TRIED) -> Tensor:
-        """Labels `[n]` of two classes."""
-        return torch.arange(n, device=self.device) % 2
-
-    def value(self, branches: Branches) -> float:
-        """The loss of branches."""
-        return float(self.loss(branches).total)
-
-
-def loss_facts(parts: Parts) -> dict[str, Any]:
-    """What the loss says of itself, and what it does with outputs that were made up."""
-    model, run = parts.model, parts.run
-    dim = cast(Any, model.online.projector).out_dim
-    trial = _Trial(
-        copy.deepcopy(parts.loss_module),
-        run.views,
-        model.needs,
-        dim,
-        parts.device,
-        randomness.generator(run.seed, "doctor"),
-    )
-    said = getattr(parts.loss, "prevents_collapse", None)
-    facts: dict[str, Any] = {"prevents_collapse": said, "wants_predictions": bool(model.needs.predictions)}
-    trials: list[Callable[[], dict[str, Any]]] = [
-        lambda: {"blank_loss": _blank(trial, run.batch_size)},
-        lambda: {"agreement": _agreement(trial)},
-        lambda: {"dead_inputs": _dead_inputs(trial)},
-        lambda: {"reads_labels": _reads_labels(trial) if run.labelled else None},
-        lambda: {"byol_scale": None if said or not model.needs.targets else _byol_scale(trial)},
-    ]
-    for attempt in trials:
-        try:
-            facts |= {name: value for name, value in attempt().items() if _finite(value)}
-        except Exception:  # a loss may refuse a batch of this size; training itself will say what is wrong with it
-            continue
-    if said is None and facts.get("byol_scale") is not None:
-        facts["prevents_collapse"] = False  # it is a sum of cosines, and nothing else
-    return facts
-
-
-def _finite(value: object) -> bool:
-    """Whether all numbers in it are: a file of JSON holds no others."""
-    if isinstance(value, tuple):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
-
-
-@torch.no_grad()
-def _blank(trial: _Trial, batch_size: int) -> float | None:
-    if batch_size * trial.dim * len(trial.specs) > LARGEST:
-        return None
-    nothing = torch.zeros(batch_size, trial.dim, device=trial.device)
-    return trial.value(trial.branches(batch_size, lambda *_: nothing, trial.labels(batch_size)))
-
-
-@torch.no_grad()
-def _agreement(trial: _Trial) -> tuple[float, float]:
-    """The loss of views that agree in everything, and of views that have nothing in common."""
-    same, labels = trial.random(), trial.labels()
-    agreeing = trial.value(trial.branches(TRIED, lambda *_: same, labels))
-    return agreeing, trial.value(trial.branches(TRIED, lambda *_: trial.random(), labels))
-
-
-def _dead_inputs(trial: _Trial) -> tuple[str, ...]:
-    """Online outputs that the loss asked for and that get no gradient from it."""
-    leaves: dict[str, Tensor] = {}
-
-    def leaf(branch: str, view: int) -> Tensor:
-        made = trial.random()
-        if branch != "targets":
-            leaves[f"{branch} of view {view}"] = made.requires_grad_()
-        return made
-
-    with torch.enable_grad():
-        total = trial.loss(trial.branches(TRIED, leaf, trial.labels())).total
-        if not total.requires_grad:
-            return tuple(leaves)
-        gradients = torch.autograd.grad(total, list(leaves.values()), allow_unused=True)
-    return tuple(name for name, g in zip(leaves, gradients, strict=True) if g is None or not bool(g.any()))
-
-
-@torch.no_grad()
-def _reads_labels(trial: _Trial) -> bool:
-    vectors: dict[tuple[str, int], Tensor] = {}
-
-    def remembered(branch: str, view: int) -> Tensor:
-        return vectors.setdefault((branch, view), trial.random())
-
-    def value(labels: Tensor) -> float:
-        torch.manual_seed(0)
-        return trial.value(trial.branches(TRIED, remembered, labels))
-
-    first, again, other = value(trial.labels()), value(trial.labels()), value(trial.labels() * 0)
-    return first == again != other  # a loss that moves by itself says nothing of labels
-
-
-@torch.no_grad()
-def _byol_scale(trial: _Trial) -> float | None:
-    """How steep the loss is where BYOL's, summed over ordered pairs of views, has the slope 1; None for other forms."""
-    points = []
-    for _ in range(3):
-        branches = trial.branches(TRIED, lambda *_: trial.random())
-        reference = sum(
-            float((2 - 2 * F.cosine_similarity(p, t, dim=1)).mean())
-            for view, p in enumerate(branches.predictions)
-            for other, t in enumerate(branches.targets)
-            if view != other and p is not None and t is not None
-        )
-        points.append((reference, trial.value(branches)))
-    (a, la), (b, lb), (c, lc) = points
-    slopes = (la - lb) / (a - b), (lb - lc) / (b - c)
-    return slopes[0] if abs(slopes[0] - slopes[1]) < 1e-3 * max(1.0, abs(slopes[0])) else None
 
 
 # ---------------------------------------------------------------- optimizer

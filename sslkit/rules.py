@@ -118,6 +118,12 @@ class Facts(_Known):
     """The branch whose features are measured: `online` or `target`."""
     shared_images: float | None = None
     """Share of the test images looked at that are among the training images looked at, pixel for pixel."""
+    commonest_image: float | None = None
+    """Share of the training images looked at that are one and the same picture, pixel for pixel."""
+    classes: int | None = None
+    """How many classes the labels of the training images name."""
+    test_classes: int | None = None
+    """The same of the test images."""
 
     # views
     view_difference: tuple[float, float] | None = None
@@ -128,6 +134,9 @@ class Facts(_Known):
     """Mean and standard deviation of the pixels of views of the first size, as the backbone gets them."""
     images_share_draws: bool | None = None
     """Whether one draw of parameters serves all images of a batch, though it changes from step to step."""
+    shared_draws: tuple[str, ...] | None = None
+    """Parameters of views, by name, of which a part is the same for all images of a batch, and another in other
+    batches."""
     steps_share_draws: bool | None = None
     """Whether an image has the same views at every step, though they differ from one another."""
     draws_are_keyed: bool | None = None
@@ -167,6 +176,11 @@ class Facts(_Known):
     """Outputs of the online branch that the loss asks for and that get no gradient: `predictions of view 1`."""
     byol_scale: float | None = None
     """How steep the loss is, with BYOL's symmetrised 2 - 2 cos in both directions as 1; None for other forms."""
+    scale_sensitive: bool | None = None
+    """Whether the loss changes where all outputs are twice as long; None where it prevents collapse by itself."""
+    positives_counted: float | None = None
+    """Of a softmax loss on the projections of two views: terms in the denominator that are as large as the positive's
+    where views of an image agree. 1 is right, 0 decoupled; None for other forms."""
     reads_labels: bool | None = None
     """Whether the loss changes with the labels."""
     queues: tuple[QueueFacts, ...] = ()

@@ -12,11 +12,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
 from sslkit.errors import UserError
-from sslkit.foreign import csv_run, formula, logs
+from sslkit.foreign import code_lines, csv_run, formula, logs
 from sslkit.foreign.csv_run import Known
 
 THREAD = (0.1489, 0.0108, 0.0100, 0.0087, 0.0054, 0.0092, 0.0855, 0.2342, 0.0304, 0.0142)
@@ -174,6 +175,18 @@ def test_percent_signs_are_hundredths(log: Any) -> None:
     assert run.course.points("probe_top1").values == [0.45, 0.005]
 
 
+def test_a_column_holds_for_the_steps_before_each_record(log: Any) -> None:
+    rates = log("step,loss,lr\n10,1.0,0.1\n20,0.9,nan\n40,0.8,0.3\n")
+    found = csv_run.read(rates, Known(steps_per_epoch=10)).course.facts.lr["backbone"]
+    assert (found.start, found.end, found.most, found.settled) == (0.1, 0.3, 0.3, 10)
+
+
+def test_a_column_without_a_number_is_not_known(log: Any) -> None:
+    facts = csv_run.read(log("loss,lr,tau\n1.0,nan,nan\n0.9,nan,nan\n")).course.facts
+    assert facts.lr is None
+    assert facts.tau is None
+
+
 def test_a_tau_above_one_in_a_column_is_found(log: Any) -> None:
     taus = [1 - 0.004 * math.cos(math.pi * epoch / 10) / 2 for epoch in range(10)]
     rows = "epoch,loss,tau\n" + lines(zip(THREAD, taus, strict=True), "{number},{value[0]},{value[1]}")
@@ -188,6 +201,119 @@ def test_what_is_not_a_number_is_null(log: Any) -> None:
     assert [r["loss"] for r in run.course.records] == [1.0, None, None]
     run = csv_run.read(log("Epoch 0 loss 1.0\nEpoch 1 loss nan\n"))
     assert [r["loss"] for r in run.course.records] == [1.0, None]
+
+
+# ---------------------------------------------------------------- prose and code around a log
+
+SCRIPT = """\
+def loss_fn(p, z, weight=1.0):
+    loss = 2 - 2 * (p * z).sum(dim=-1)
+    total_loss = 0
+    total_loss += 4 * loss
+    crit = Criterion(loss=0.5,
+                     lr=0.25)
+    print(f'Epoch: 3 Epoch_Loss: {loss:0.4f}')
+    return loss
+"""
+PROSE = "I get to a loss 0.7 after some epochs, and tau 3. Is this normal?\n"
+LINES = lines(THREAD, "Epoch: {number} Epoch_Loss: {value}")
+
+
+@pytest.mark.parametrize("text", [SCRIPT + LINES + PROSE, PROSE + LINES, PROSE + SCRIPT + LINES, LINES + SCRIPT])
+def test_a_log_is_found_in_what_was_pasted_around_it(log: Any, text: str) -> None:
+    run = csv_run.read(log(text))
+    assert [{k: r[k] for k in r if k != "step"} for r in run.course.records] == [
+        {"epoch": float(number), "loss": loss} for number, loss in enumerate(THREAD)
+    ]
+    notes = "\n".join(run.notes)
+    assert ("as code" in notes) == (SCRIPT in text)
+    assert "said once only" in notes
+
+
+def test_losses_without_an_epoch_are_told_from_prose_too(log: Any) -> None:
+    text = PROSE + lines(THREAD, "loss {value}") + "loss 0.0142 acc 0.5\n"
+    run = csv_run.read(log(text))
+    assert tuple(run.course.points("loss").values) == (*THREAD, 0.0142), "with a figure more it is one of them"
+    assert "not read: line 1, said once only" in run.notes
+    assert not run.course.points("tau").values
+
+
+def test_the_whole_of_the_thread_is_read(log: Any) -> None:
+    page = (ROOT / "docs" / "how-to" / "watch-your-own-loop.md").read_text("utf-8")
+    script = page.partition("import math")[2].partition("```")[0]
+    post = (
+        "Hi, I trained a model.\n\nimport math"
+        + script
+        + "        total_loss = 0\n\n## Training loss\n"
+        + LINES
+        + "\nIt is not unusual.\n"
+    )
+    assert tuple(csv_run.read(log(post)).course.points("loss").values) == THREAD
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("loss = 2 - 2 * cos", "statement"),
+        ("total_loss+=loss.item()", "statement"),
+        ("return(2-2 * (x * y).sum(dim=-1))", "statement"),
+        ("for epoch in range(10):", "statement"),
+        ("loss = criterion(a, 0.5,", "statement"),
+        ("print('loss', 0.5)", "call"),
+        ("Namespace(lr=0.1, loss=0.5)", "call"),
+        ("(conv1): Conv2d(3, 64, kernel_size=(7, 7), bias=False)", "call"),
+        ("total_loss = 0", "assignment"),
+        ("loss = -0.5; lr = 0.1", "assignment"),
+        ("loss = nan", "assignment"),
+        ("loss = 2 - 2", "statement"),
+        ("lr = cfg.lr", "statement"),
+        ("arch = resnet18", "words"),
+        ("betas = (0.9, 0.95)", "words"),
+        ("loss: 0.5", "words"),
+        ("Loss (0.5)", "words"),
+        ("loss -0.5", "words"),
+        ("Epoch: 0 Epoch_Loss: 0.1489", "words"),
+        ("epoch=1 loss=0.5", "words"),
+        ("loss=0.5, lr=0.1", "words"),
+        ("10/10 [00:01<00:00, 7.2it/s, loss=0.5]", "words"),
+        ("loss: 0.5 - acc: 0.9", "words"),
+        ("the loss is 0.5 (see above)", "words"),
+        ("(" * 900, "words"),
+    ],
+)
+def test_code_is_told_from_what_it_prints(line: str, kind: str) -> None:
+    assert code_lines.kind(line) == kind
+
+
+@pytest.mark.parametrize("form", ["loss = {value}", "loss: {value}", "Loss ({value})", "loss {value}"])
+def test_a_log_may_look_like_an_assignment_and_begin_with_its_arguments(log: Any, form: str) -> None:
+    head = "Namespace(epochs=10, lr=0.1)\narch = resnet18\n"
+    head += "ResNet(\n  (conv1): Conv2d(3, 64, kernel_size=(7, 7), bias=False)\n)\n"
+    assert tuple(csv_run.read(log(head + lines(THREAD, form))).course.points("loss").values) == THREAD
+
+
+@given(st.text(alphabet="0123456789loss=+-*/()[]{}:.,'\"\\ \t", max_size=60))
+def test_any_line_is_of_some_kind(line: str) -> None:
+    assert code_lines.kind(line) in ("statement", "call", "assignment", "words")
+
+
+# ---------------------------------------------------------------- what is told twice
+
+
+def test_an_option_beside_a_column_is_said(log: Any) -> None:
+    text = "epoch,loss,lr,tau,cosine\n0,2.2,0.1,0.99,0.2\n1,1.8,0.3,0.995,0.3\n"
+    run = csv_run.read(log(text), Known(lr=0.4, tau_formula="0.9", epochs=2))
+    assert {
+        "lr was taken from --lr, not from the log's column, which has 0.1 to 0.3; leave the option out for that",
+        "tau was taken from --tau-formula, not from the log's column, which has 0.99 to 0.995; leave the option out "
+        "for that",
+    } <= set(run.notes)
+    assert run.course.facts.lr
+    assert run.course.facts.lr["backbone"].most == 0.4
+    notes = csv_run.read(log(text), Known(tau_base=0.9, loss="byol")).notes
+    assert "tau was taken from the log's column, not from --tau-base" in notes
+    assert "cosine was taken from the log's column, not from --loss" in notes
+    assert not any("was taken from" in note for note in csv_run.read(log(text)).notes)
 
 
 # ---------------------------------------------------------------- where records stand
@@ -237,8 +363,55 @@ def test_losses_become_cosines_by_what_they_are(log: Any) -> None:
     assert simsiam.course.points("cosine").values == [0.25, 0.75]
     for known in (Known(), Known(loss="other")):
         assert not csv_run.read(log("3.0\n1.0\n"), known).course.points("cosine").values
-    assert any("cosine of -1.5" in n for n in csv_run.read(log("10\n1\n"), Known(loss="byol")).notes)
     assert not any("cosine" in n for n in csv_run.read(log("10\n1\n")).notes)
+
+
+@pytest.mark.parametrize(("form", "values", "says"), [("byol", "10\n1\n", "-1.5"), ("byol", "-1\n1\n", "1.25"),
+                                                       ("simsiam", "0.5\n2.5\n", "-2.5")])  # fmt: skip
+def test_what_cannot_be_the_loss_that_was_said_is_taken_for_another(
+    log: Any, form: Any, values: str, says: str
+) -> None:
+    run = csv_run.read(log(values), Known(loss=form))
+    assert any(f"they would stand for a cosine of {says}; they were taken for another loss" in n for n in run.notes)
+    assert not run.course.points("cosine").values
+    assert (run.course.facts.byol_scale, run.course.facts.prevents_collapse) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("losses", "shown"),
+    [
+        ((4.05, 2.0, 1.0, 0.8), True),
+        ((6.2, 5.8, 5.1, 4.9), False),  # ln 511 of NT-Xent
+        ((-0.1, -0.6, -0.9, -0.9), False),
+        ((9.0, 2.0, 1.0, 0.5), False),
+    ],
+)
+def test_only_what_may_be_byols_is_read_as_byols(log: Any, losses: tuple[float, ...], shown: bool) -> None:
+    run = csv_run.read(log(lines(losses)))
+    assert any(note.startswith("cosine") for note in run.notes) == shown
+    assert not any("cosine" in note for note in csv_run.read(log(lines(losses)), Known(loss="other")).notes)
+
+
+def test_a_rise_halfway_is_not_laid_to_byols_tau_where_the_loss_cannot_be_byols(log: Any) -> None:
+    rising = [6.0 if number < 5 else 12.0 for number in range(10)]
+    rising[4] = 5.5
+    assert not any("halfway" in note for note in csv_run.read(log(lines(rising))).notes)
+
+
+@pytest.mark.parametrize("name", ["knn", "accuracy"])
+def test_an_accuracy_that_falls_is_no_healthy_run(log: Any, name: str) -> None:
+    falling = [f"{2.2 - 0.2 * n},{0.5 - 0.06 * n}" for n in range(7)]
+    found = csv_run.examine(log(f"loss,{name}\n" + "\n".join(falling) + "\n"))
+    assert "knn_falling" in {f.id for f in found.findings if f.severity == "error"}
+    level = [f"{2.2 - 0.2 * n},{0.5 + 0.02 * (-1) ** n}" for n in range(7)]
+    assert csv_run.examine(log(f"loss,{name}\n" + "\n".join(level) + "\n")).exit_code == 0
+
+
+def test_quiet_losses_alone_cannot_be_judged(log: Any) -> None:
+    found = csv_run.examine(log(lines((3.0, 2.0, 1.5, 1.4, 1.3))))
+    assert found.exit_code == 2
+    assert found.verdict.startswith("cannot be judged")
+    assert csv_run.examine(log(lines(THREAD))).verdict.startswith("not trustworthy: mend the 2 errors")
 
 
 # ---------------------------------------------------------------- mistakes
@@ -258,10 +431,11 @@ def test_losses_become_cosines_by_what_they_are(log: Any) -> None:
         ('{"loss": 1}\nloss\n', ":2: is no JSON"),
         ('{"loss": 1}\n[1]\n', ":2: is no JSON table"),
         ('{"epoch": 1}\n', "no losses were found"),
+        ("Namespace(lr=0.1, loss=0.5)\nepoch 3\n", "no losses were found"),
         ("epoch,loss\n2,1\n1,1\n", "the log's epochs go back, from 2 to 1"),
         ("step,loss\n20,1\n10,1\n", "the log's steps go back, from 20 to 10"),
         ("epoch,step,loss\n0,9,1\n1,0,1\n", "say how many there are with --steps-per-epoch"),
-        ("epoch,loss\n0,1\n,1\n", "names an epoch or step in some records and not in others"),
+        ("epoch,loss\n0,1\n,1\n", "names epoch in some records and not in others (line 3)"),
         ("epoch,loss\n0,1\nnan,1\n", "epoch of record 2 is no number"),
     ],
 )
@@ -269,6 +443,13 @@ def test_a_log_that_cannot_be_used_is_refused_in_one_line(log: Any, text: str, s
     with pytest.raises(UserError) as caught:
         csv_run.read(log(text))
     assert said in str(caught.value)
+    assert len(caught.value.lines) == 1
+
+
+def test_a_script_alone_holds_no_record(log: Any) -> None:
+    with pytest.raises(UserError) as caught:
+        csv_run.read(log("import torch\ntotal_loss = 0\nloss = 2 - 2 * cos\n"))
+    assert "no lines of a log were found (line 1 is read as code); give the lines of the log alone" in str(caught.value)
     assert len(caught.value.lines) == 1
 
 

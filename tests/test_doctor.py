@@ -47,10 +47,28 @@ def test_a_cause_is_as_grave_as_what_it_brings_about_and_told_before_it() -> Non
 def test_the_verdict_and_the_exit_code_are_those_of_the_worst() -> None:
     healthy = examine(Course(Facts(batch_size=64), records=[{"loss": 0.5}]), "a run")
     assert (healthy.verdict, healthy.exit_code) == ("healthy", 0)
-    going = examine(Course(Facts(), status={"status": "running"}), "a run")
+    going = examine(Course(Facts(), status={"status": "running", "step": 3}), "a run")
     assert going.verdict == "healthy so far"
     warned = examine(Course(Facts(batch_size=2)), "a run")
     assert (warned.verdict, warned.exit_code) == ("usable, with a warning to look at", 1)
+
+
+@pytest.mark.parametrize("status", ["running", "failed", "done", "stopped"])
+def test_of_a_run_without_a_step_nothing_good_is_said(status: str) -> None:
+    course = Course(Facts(batch_size=64), {"status": status, "step": 0}, [{"step": 0, "epoch": 0, "knn_top1": 0.3}])
+    assert examine(course, "a run").verdict == "cannot be judged: no step was seen"
+    course.add({"step": 1, "epoch": 0, "loss": 1.0})
+    assert examine(course, "a run").verdict.startswith("healthy")
+    assert examine(Course(Facts(batch_size=64)), "a recipe").verdict == "healthy", "it has not begun"
+
+
+def test_a_loss_alone_is_no_reason_to_start_again() -> None:
+    quiet = [{"step": step, "epoch": step, "loss": 3.0 - 0.2 * step} for step in range(10)]
+    found = examine(Course(records=quiet), "a log")
+    assert ([f.id for f in found.findings], found.exit_code) == (["no_quality_metric"], 2)
+    assert found.verdict.startswith("cannot be judged: nothing recorded tells good features from useless ones")
+    worse = examine(Course(Facts(view_difference=(0.0, 0.0)), records=quiet), "a log")
+    assert worse.verdict == "not trustworthy: mend the 2 errors and start again from epoch 0"
 
 
 @pytest.mark.usefixtures("three")

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,8 @@ from sslkit import facts
 from sslkit.batch import Branches, LossTerms, Needs, ViewSpec
 from sslkit.build import Parts, build
 from sslkit.facts import gather
+from sslkit.loss_facts import _constant
+from sslkit.loss_facts import loss_facts as tried
 from sslkit.recipe import read_recipe
 from sslkit.rules import Facts
 
@@ -42,6 +44,10 @@ def test_facts_of_a_healthy_recipe(tiny: Path) -> None:
     assert (found.stem_stride, found.last_map) == (2.0, 4)
     assert found.batch_norm_layers == found.normalisation_layers == 4
     assert found.shared_images == 0
+    assert found.commonest_image is not None
+    assert found.commonest_image < 0.01
+    assert (found.classes, found.test_classes, found.shared_draws) == (10, 10, ())
+    assert (found.scale_sensitive, found.positives_counted) == (False, None)
     assert Facts.model_validate_json(found.model_dump_json(exclude_none=True)) == found
 
 
@@ -120,6 +126,65 @@ def test_what_is_wrong_with_views_is_seen(
     assert found["view_scale"] == pytest.approx((0.5, 0.29), abs=0.02)
 
 
+class Draws:
+    """Parameters of views of n images."""
+
+    def __init__(self, make: Callable[[int, torch.Generator], Tensor]) -> None:
+        self.make = make
+
+    def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"crop": torch.rand(n, 2, 4, generator=generator), "hue": self.make(n, generator)}
+
+
+def coin(probability: float, *shape: int) -> Callable[[int, torch.Generator], Tensor]:
+    return lambda n, g: torch.rand(*(n if size == 0 else size for size in shape), generator=g) < probability
+
+
+SHARED: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "one for all": lambda n, g: torch.rand(1, 2, generator=g).expand(n, 2),
+    "one coin for all": lambda n, g: coin(0.5, 1, 2)(n, g).expand(n, 2),
+    "of the second view alone": lambda n, g: torch.stack([torch.rand(n, generator=g), torch.rand(1, generator=g)
+                                                          .expand(n)], 1),
+    "a rare coin for all": lambda n, g: coin(0.2, 1)(n, g).expand(n),
+    "no dimension of images": lambda n, g: torch.rand((), generator=g),
+}  # fmt: skip
+OWN: dict[str, Callable[[int, torch.Generator], Tensor]] = {
+    "a coin each": coin(0.5, 0, 2),
+    "a coin that hardly ever falls": coin(0.02, 0, 2),
+    "a coin that hardly ever does not": coin(0.98, 0, 2),
+    "a switch": coin(1.0, 0, 2),
+    "fixed": lambda n, g: torch.full((n, 2), 0.4),
+    "images last": lambda n, g: torch.rand(10, n, generator=g),
+    "nothing": lambda n, g: torch.rand(n, 0, generator=g),
+    "of varying shape": lambda n, g: torch.rand(int(torch.randint(1, 9, (), generator=g)), generator=g),
+}
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_a_parameter_that_one_draw_of_a_batch_gives_is_named(name: str) -> None:
+    assert facts.shared_draws(cast(Any, Draws(SHARED[name])), seed=1) == ("hue",)
+
+
+@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("seed", range(5))
+def test_a_parameter_that_is_drawn_for_each_image_or_for_none_is_not(name: str, seed: int) -> None:
+    assert facts.shared_draws(cast(Any, Draws(OWN[name])), seed) == ()
+
+
+@pytest.mark.parametrize("generator", ["two_crops", "affine"])
+def test_half_of_what_a_generator_draws_may_be_shared(tiny: Path, generator: str, monkeypatch: Any) -> None:
+    views = built(tiny, f"view_generator.use={generator}").views
+    assert facts.shared_draws(views, seed=1) == ()
+    own, shared = views.draw, ("brightness", "flip", "light")
+
+    def draw(n: int, generator: torch.Generator) -> dict[str, Tensor]:
+        drawn = own(n, generator)
+        return {name: v[:1].expand_as(v) if name in shared else v for name, v in drawn.items()}
+
+    monkeypatch.setattr(views, "draw", draw)
+    assert facts.shared_draws(views, seed=1) == (("light",) if generator == "affine" else ("flip", "brightness"))
+
+
 def test_views_of_different_sizes_are_not_compared() -> None:
     small, large = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 8, 8)
     assert facts.view_difference([small, large]) is None
@@ -147,6 +212,45 @@ def test_test_images_among_the_training_images_are_counted() -> None:
     test[:10] = train[20:30]
     assert facts.shared_images(cast(Any, Pictures(train)), cast(Any, Pictures(test))) == 0.25
     assert facts.shared_images(cast(Any, Pictures(train)), None) is None
+
+
+class Stored(Pictures):
+    """Images that do not fit in memory."""
+
+    def __init__(self, pictures: Tensor) -> None:
+        super().__init__(torch.empty(0))
+        self.pictures = pictures
+        self.tensor = cast(Tensor, None)
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def read(self, indices: Tensor) -> Tensor:
+        assert len(indices) <= facts.IMAGES, "they would have to be decoded"
+        return self.pictures[indices]
+
+
+@pytest.mark.parametrize("kind", [Pictures, Stored])
+def test_the_commonest_picture_is_counted(kind: type[Pictures]) -> None:
+    pictures = torch.randint(0, 256, (60, 3, 8, 8), dtype=torch.uint8)
+
+    def share() -> float | None:
+        return facts.commonest_image(cast(Any, kind(pictures)))
+
+    assert share() == 1 / 60
+    pictures[::2] = pictures[0]
+    assert share() == 0.5
+    pictures[:] = pictures[0]
+    assert share() == 1
+    assert facts.commonest_image(cast(Any, kind(pictures[:1]))) is None, "one image is no copy"
+
+
+def test_classes_are_counted(tiny: Path) -> None:
+    parts = built(tiny)
+    parts.data.train.labels = cast(Tensor, parts.data.train.labels) * 0
+    assert (gather(parts).classes, gather(parts).test_classes) == (1, 10)
+    parts.data.train.labels = None
+    assert gather(parts).classes is None
 
 
 # ---------------------------------------------------------------- networks
@@ -251,6 +355,11 @@ class Made(nn.Module):
             p1 = p1.detach()
         cosine = F.cosine_similarity(p0, cast(Tensor, t1)).mean() + F.cosine_similarity(p1, cast(Tensor, t0)).mean()
         total = 4 - 2 * cosine
+        if "squared" in self.fault:
+            total = F.mse_loss(p0, cast(Tensor, t1)) + F.mse_loss(p1, cast(Tensor, t0))
+        if self.fault == "squared of targets":
+            unit = [F.normalize(cast(Tensor, t), dim=1) for t in (t0, t1)]
+            total = F.smooth_l1_loss(p0, unit[1]) + F.smooth_l1_loss(p1, unit[0])
         if self.fault == "halved":
             total = total / 2
         if self.fault == "sign":
@@ -267,7 +376,7 @@ class Made(nn.Module):
 def loss_facts(tiny: Path, fault: str) -> dict[str, Any]:
     parts = built(tiny)
     parts.loss = Made(fault)
-    return facts.loss_facts(parts)
+    return tried(parts)
 
 
 def test_a_sound_loss(tiny: Path) -> None:
@@ -288,11 +397,78 @@ def test_what_is_wrong_with_a_loss_is_seen(tiny: Path) -> None:
     assert Facts.model_validate_json(Facts(**loss_facts(tiny, "nan")).model_dump_json()).agreement is None
 
 
+def test_a_loss_of_lengths_is_told_from_one_of_unit_vectors(tiny: Path) -> None:
+    for fault in ("squared", "squared of targets"):
+        found = loss_facts(tiny, fault)
+        assert (found["scale_sensitive"], found["byol_scale"]) == (True, None)
+    for fault in ("", "halved", "sign"):
+        assert loss_facts(tiny, fault)["scale_sensitive"] is False
+    parts = built(tiny)
+    parts.loss = Counts()
+    assert tried(parts)["scale_sensitive"] is None, "it moves by itself"
+
+
+class Contrastive(nn.Module):
+    """NT-Xent as it is often written, with a planted fault."""
+
+    additive, prevents_collapse = False, True
+
+    def __init__(self, fault: str, temperature: float) -> None:
+        super().__init__()
+        self.fault, self.temperature = fault, temperature
+
+    def needs(self, specs: Sequence[ViewSpec]) -> Needs:
+        return Needs(projections=(0, 1))
+
+    def forward(self, branches: Branches) -> LossTerms:
+        n = len(cast(Tensor, branches.projections[0]))
+        z = F.normalize(torch.cat(cast(list[Tensor], branches.projections)), dim=1)
+        similar, itself = z @ z.T / self.temperature, torch.eye(2 * n, dtype=torch.bool)
+        positive = torch.arange(2 * n).roll(n)
+        if "unmasked" not in self.fault:
+            similar = similar.masked_fill(itself, -math.inf)
+        if "twice" in self.fault:
+            similar = torch.cat([similar, similar.gather(1, positive[:, None])], 1)
+        if "other view" in self.fault:
+            similar, positive = z[:n] @ z[n:].T / self.temperature, torch.arange(n)
+        total = F.cross_entropy(similar, positive, reduction="sum" if "sum" in self.fault else "mean")
+        return LossTerms(total * (2 if "both" in self.fault else 1))
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.07, 0.5, 1.0, 5.0])
+@pytest.mark.parametrize(
+    ("fault", "counted"),
+    [("", 1), ("sum", 1), ("both", 1), ("other view", 1), ("unmasked", 2), ("unmasked sum", 2), ("unmasked both", 2),
+     ("twice", 2), ("unmasked twice", 3)],
+)  # fmt: skip
+def test_a_view_among_its_own_negatives_is_seen(tiny: Path, fault: str, counted: int, temperature: float) -> None:
+    parts = built(tiny, "loss.use=nt_xent", "predictor=false", "target_updater.use=none")
+    parts.loss = Contrastive(fault, temperature)
+    assert tried(parts)["positives_counted"] == pytest.approx(counted, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    ("loss", "counted"),
+    [("nt_xent", 1), ("supcon", 1), ("dcl", 0), ("barlow_twins", None), ("vicreg", None), ("lejepa", None)],
+)
+def test_losses_of_other_forms_are_left_alone(tiny: Path, loss: str, counted: float | None) -> None:
+    found = tried(built(tiny, f"loss.use={loss}", "predictor=false", "target_updater.use=none"))
+    assert found.get("positives_counted") == (counted if counted is None else pytest.approx(counted, abs=0.01))
+
+
+def test_three_points_tell_a_constant_and_two_more_whether_there_is_one() -> None:
+    curve = [2 + 30 * 0.3**k for k in range(5)]
+    assert _constant(curve, 34) == pytest.approx(2)
+    assert _constant([*curve[:4], curve[4] * 1.01], 34) is None
+    assert _constant([c + 0.5 for c in curve], 34) is None, "32.5 terms"
+    assert _constant([c + 3 for c in curve], 34) is None, "more terms than there are"
+
+
 def test_the_loss_of_knowing_nothing_is_ln_m_of_a_contrastive_loss(tiny: Path) -> None:
     parts = built(
         tiny, "loss.use=nt_xent", "predictor=false", "target_updater.use=none", "train.batch_size=32",
     )  # fmt: skip
-    found = facts.loss_facts(parts)
+    found = tried(parts)
     assert found["blank_loss"] == pytest.approx(math.log(63), abs=1e-5)
     assert found["byol_scale"] is None
     assert found["prevents_collapse"] is True
@@ -313,7 +489,7 @@ class Counts(Made):
 def test_a_loss_that_moves_is_tried_on_a_copy_and_not_taken_to_read_labels(tiny: Path) -> None:
     parts = built(tiny)
     parts.loss = Counts()
-    assert facts.loss_facts(parts)["reads_labels"] is False
+    assert tried(parts)["reads_labels"] is False
     assert int(cast(Tensor, parts.loss.calls)) == 0
 
 
@@ -323,7 +499,12 @@ def test_a_loss_that_does_not_say_whether_it_prevents_collapse_is_tried(tiny: Pa
 
     parts = built(tiny)
     parts.loss = Silent("")
-    assert facts.loss_facts(parts)["prevents_collapse"] is False, "a sum of cosines does not"
+    assert tried(parts)["prevents_collapse"] is False, "a sum of cosines does not"
+    parts.loss = Silent("squared")
+    found = tried(parts)
+    assert (found["prevents_collapse"], found["scale_sensitive"]) == (False, True), "neither does a squared error"
+    parts.loss = Silent("labels")
+    assert tried(parts)["prevents_collapse"] is None
 
 
 def test_a_target_that_starts_elsewhere_is_measured(tiny: Path) -> None:

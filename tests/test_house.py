@@ -38,7 +38,7 @@ FLOORS: list[set[str]] = [
         "snapshot",
     },
     {"build", "progress", "diff"},
-    {"train", "facts", "view_grid"},
+    {"train", "facts", "loss_facts", "view_grid"},
     {"summary"},
     {"launch", "compare", "foreign"},
     {"report"},

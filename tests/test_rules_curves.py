@@ -171,6 +171,26 @@ def test_knn_falling() -> None:
     assert look(progress.knn_falling, byol(late("knn_top1", lambda *_: 0.45, 300))) is None
 
 
+@pytest.mark.parametrize("key", ["knn_top1", "probe_top1"])
+@pytest.mark.parametrize(
+    ("accuracies", "expected"),
+    [
+        ((0.50, 0.47, 0.41, 0.33, 0.25, 0.22), "error"),
+        ((0.50, 0.51, 0.50, 0.46, 0.43, 0.42), "warning"),
+        ((0.50, 0.49, 0.47, 0.46, 0.46, 0.46), None),  # within chance
+        ((0.50, 0.30, 0.45, 0.48, 0.30, 0.51), None),
+        ((0.50, 0.50, 0.50, 0.50, 0.50, 0.25), None),  # one record alone
+        ((0.50, 0.42, 0.42), None),  # early: it often dips
+    ],
+)
+def test_features_that_fall_below_what_was_measured_first(
+    key: str, accuracies: tuple[float, ...], expected: str | None
+) -> None:
+    lines = [{"step": 100 * e, "epoch": float(e), key: v} for e, v in enumerate(accuracies, 1)]
+    seen = look(progress.knn_falling, Course(Facts(total_steps=600 if len(lines) > 3 else 1000), {}, lines))
+    assert (seen and severity(progress.knn_falling, seen)) == expected
+
+
 def test_cosine_high_from_the_losses_of_a_log() -> None:
     seen = told(collapse.cosine_high, losses(0.149, 0.0108, 0.01, 0.0087, byol_scale=1.0))
     assert seen.step == 1

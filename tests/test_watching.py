@@ -164,6 +164,7 @@ def test_a_sound_byol_is_called_healthy(digits: Any) -> None:
     facts = watch.facts
     assert (facts.total_steps, facts.batch_size, facts.view_sizes) == (EPOCHS * STEPS, BATCH, (8, 8))
     assert (facts.byol_scale, facts.prevents_collapse, facts.target) == (1.0, False, "copy")
+    assert (facts.classes, facts.test_classes) == (10, 10)
     assert (facts.stem_stride, facts.last_map) == (1.0, 4)
     assert facts.unmoved == ()
     assert facts.unoptimised == ()
@@ -426,6 +427,74 @@ def test_without_an_optimizer_every_call_is_a_step(tmp_path: Path) -> None:
     assert watch.facts.unoptimised is None
 
 
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("cleared", ["first", "to zero", "late"])
+def test_steps_that_a_scaler_skips_are_no_micro_batches(cleared: str, told: bool, micro: int) -> None:
+    online, target, optimizer = pair()
+    watch = sslkit.watch(online, target, optimizer=optimizer, **SILENT)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2e38, backoff_factor=0.5)
+    weight = next(online.parameters())
+    before = weight.clone()
+    steps = 0
+    while torch.equal(before, weight):
+        for number in range(micro):
+            if not number and cleared != "late":
+                optimizer.zero_grad(set_to_none=cleared == "first")
+            one, two = torch.randn(2, 16, 1, 8, 8)
+            with torch.no_grad():
+                t1, t2 = target.project(one), target.project(two)
+            loss = 1e3 * (cosine_loss(online(one), t2) + cosine_loss(online(two), t1))
+            if not number and cleared == "late":
+                optimizer.zero_grad()
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        steps += 1
+        if told:
+            watch.step(loss=loss)
+    watch.step(loss=loss)
+    watch.close()
+    assert steps > 2, "some were skipped"
+    assert (watch.steps, watch.facts.batch_size) == (1, 16 * micro)
+
+
+def test_the_batch_is_that_of_the_first_step_however_often_it_is_asked_for() -> None:
+    online, target, optimizer = pair()
+    watch = sslkit.watch(online, target, optimizer=optimizer, **SILENT)
+    for _ in range(3):
+        one_step(online, target, optimizer, micro=2)
+    watch.step(loss=1.0)
+    watch.close()
+    assert (watch.steps, watch.facts.batch_size) == (3, 32)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_several_processes_speaks(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, digits: Any
+) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: rank)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    online, target, optimizer = pair()
+    said: list[str] = []
+    watch = sslkit.watch(
+        online, target, optimizer=optimizer, labelled=labelled(digits), k=20, directory=tmp_path / "run", every=1,
+        say=said.append,
+    )  # fmt: skip
+    assert any(m._forward_hooks for m in online.modules()) == (rank == 0)
+    for _ in range(3):
+        one_step(online, target, optimizer)
+        watch.step(loss=math.nan)
+    watch.epoch_ended()
+    assert (watch.verdict() == "") == (rank == 1)
+    watch.close()
+    assert (tmp_path / "run").exists() == (rank == 0)
+    assert bool(said) == (rank == 0)
+    assert watch.lost == (rank == 0)
+    assert watch.steps == 3
+
+
 def test_several_optimizers_share_the_parameters() -> None:
     online, target, _ = pair()
     heads = [*online.projection.parameters(), *online.prediction.parameters()]
@@ -634,6 +703,22 @@ def test_the_form_of_the_loss_is_recognised(form: Callable[[float], float], scal
     assert watch.facts.byol_scale == scale
 
 
+@pytest.mark.parametrize("over", ["dimensions", "pairs", "nothing"])
+def test_a_squared_error_without_normalisation_is_recognised(over: str) -> None:
+    online, target, optimizer = pair()
+    watch = sslkit.watch(online, target, optimizer=optimizer, **SILENT)
+    one, two = torch.randn(2, 16, 1, 8, 8)
+    with torch.no_grad():
+        t1, t2 = target.project(one), target.project(two)
+    p1, p2 = online(one), online(two)
+    reduce = {"reduction": "mean"} if over == "dimensions" else {"reduction": "sum"}
+    loss = F.mse_loss(p1, t2, **reduce) + F.mse_loss(p2, t1, **reduce)  # type: ignore[arg-type]
+    optimizer.step()
+    watch.step(loss=loss.item() / {"dimensions": 1, "pairs": 32, "nothing": 16}[over])
+    watch.close()
+    assert (watch.facts.scale_sensitive, watch.facts.prevents_collapse, watch.facts.byol_scale) == (True, False, None)
+
+
 def test_a_loss_of_another_form_is_not_taken_for_byols() -> None:
     online, target, optimizer = pair()
     watch = sslkit.watch(online, target, optimizer=optimizer, **SILENT)
@@ -692,6 +777,37 @@ def test_the_end_of_the_loop_is_written_down(tmp_path: Path, error: type[BaseExc
     assert "VERDICT" in said[-2]
     assert said[-1] == f"all of it: sslkit doctor {tmp_path / 'run'}"
     assert not any(m._forward_hooks for m in online.modules())
+
+
+def test_the_verdict_is_told_once() -> None:
+    for again in (False, True):
+        online, target, optimizer = pair()
+        said: list[str] = []
+        watch = sslkit.watch(online, target, optimizer=optimizer, say=said.append)
+        watch.step(loss=one_step(online, target, optimizer))
+        watch.epoch_ended()
+        assert "VERDICT" in watch.verdict()
+        if again:
+            watch.step(loss=one_step(online, target, optimizer))
+        watch.close()
+        assert sum("VERDICT" in line for line in said) == again
+        assert "VERDICT" in watch.verdict()
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_loop_that_breaks_before_its_first_step_is_not_healthy(given: bool, digits: Any, tmp_path: Path) -> None:
+    online, target, optimizer = pair()
+    said: list[str] = []
+    seen = labelled(digits) if given else None
+    with (
+        pytest.raises(ValueError, match="no data"),
+        sslkit.watch(
+            online, target, optimizer=optimizer, labelled=seen, k=20, directory=tmp_path / "run", say=said.append
+        ),
+    ):
+        raise ValueError("no data")
+    assert said[-2].endswith("VERDICT  cannot be judged: no step was seen")
+    assert doctor.examine_run(tmp_path / "run").verdict == "cannot be judged: no step was seen"
 
 
 def test_mistakes_are_said_in_one_line(digits: Any) -> None:
@@ -768,21 +884,36 @@ def test_metrics_of_ones_own_are_recorded(tmp_path: Path) -> None:
 PAGE = ROOT / "docs" / "how-to" / "watch-your-own-loop.md"
 
 
-def callback() -> Any:
-    """The class of the page."""
-    (text,) = re.findall(
-        r"<!-- file: watching_callback.py -->\n```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL
-    )
+def shown(file: str, name: str) -> Any:
+    """What a file of the page defines."""
+    (text,) = re.findall(rf"<!-- file: {file} -->\n```python\n(.*?)```", PAGE.read_text("utf-8"), re.DOTALL)
     names: dict[str, Any] = {}
     exec(compile(text, str(PAGE), "exec"), names)
-    return names["Watching"]
+    return names[name]
+
+
+def callback() -> Any:
+    return shown("watching_callback.py", "Watching")
+
+
+def test_every_process_is_told_that_a_run_is_lost(tmp_path: Path) -> None:
+    tell = shown("lost_everywhere.py", "lost_everywhere")
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'meet'}", rank=0, world_size=1)
+    try:
+        for lost in (True, False):
+            assert tell(SimpleNamespace(lost=lost), "cpu") is lost
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_the_callback_follows_lightnings_calls(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "pytorch_lightning", SimpleNamespace(Callback=object))  # type: ignore[arg-type]
     online, target, optimizer = pair()
     online.backbone_momentum, online.projection_head_momentum = target.encoder, target.projection
-    trainer = SimpleNamespace(estimated_stepping_batches=6, max_epochs=2, optimizers=[optimizer], should_stop=False)
+    alone = SimpleNamespace(reduce_boolean_decision=lambda decision, all: decision)
+    trainer = SimpleNamespace(
+        estimated_stepping_batches=6, max_epochs=2, optimizers=[optimizer], should_stop=False, strategy=alone
+    )  # fmt: skip
     watching = callback()(directory=tmp_path / "run", say=lambda text: None)
     watching.on_train_start(trainer, online)
     for epoch in range(2):

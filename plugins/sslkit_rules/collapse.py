@@ -56,7 +56,8 @@ collapse = Rule(
     severity="warning",
     cause="a stop-gradient or predictor that is missing, a target that is the online network, a rate too high, or a "
     "loss without a term that keeps outputs apart",
-    fix="look at stop-gradient, predictor and target first; then lower optimizer.lr and lengthen its warm-up",
+    fix="look at stop-gradient, predictor and target first; then lower the learning rate (optimizer.lr) and lengthen "
+    "its warm-up",
     source="Chen & He 2021 (SimSiam, arXiv 2011.10566), section 4.1 and figure 2; the limits are calibrated",
     during=_collapsed,
     explains=(
@@ -189,8 +190,9 @@ prototype_collapse = Rule(
     what="The targets do not depend on the image: one prototype dominates, or all share alike.",
     severity="error",
     cause="DINO: without centring one dominates, without sharpening all share alike; SwAV: an epsilon too high",
-    fix="DINO: loss.centre_momentum = 0.9, loss.teacher_temperature = 0.04; SwAV: loss.epsilon = 0.03 or 0.02, or a "
-    "longer loss.freeze_prototypes_epochs",
+    fix="DINO: a centre's momentum of .9 and a teacher's temperature of .04 (loss.centre_momentum, "
+    "loss.teacher_temperature); SwAV: an epsilon of .03 or .02 (loss.epsilon), or prototypes that are frozen for "
+    "longer (loss.freeze_prototypes_epochs)",
     source="Caron et al. 2021 (DINO, arXiv 2104.14294), section 5.3 and figure 7; swav issue 62",
     key="loss",
     during=_prototypes,
@@ -252,7 +254,8 @@ partial_collapse = Rule(
     what="Part of the representation collapses: the loss drops at once, and the features get worse.",
     severity="warning",
     cause="a rate too high for a target that follows too fast or too slowly",
-    fix="go back to a checkpoint from before the drop, lower optimizer.lr, and look at target_updater.tau",
+    fix="go back to a checkpoint from before the drop, lower the learning rate (optimizer.lr), and look at tau "
+    "(target_updater.tau)",
     source="vjepa2 issue 74; Li et al. 2022 (arXiv 2209.15007): partial collapse in SimSiam, and what its rank tells",
     key="optimizer.lr",
     during=_partly,

@@ -51,8 +51,9 @@ not_finite = Rule(
     severity="error",
     cause="a rate too high, half precision in the loss, a division by the norm of nothing, or Sinkhorn with an epsilon "
     "that overflows",
-    fix="lower optimizer.lr or lengthen its warm-up, set train.clip_grad_norm; train.precision = 'fp32' tells whether "
-    "bf16 is to blame; SwAV: a larger loss.epsilon",
+    fix="lower the learning rate or lengthen its warm-up (optimizer.lr), clip gradients (train.clip_grad_norm); "
+    "float32 tells whether half precision is to blame (train.precision = 'fp32'); SwAV: a larger epsilon "
+    "(loss.epsilon)",
     source="swav issue 67 and dinov2 issue 143; lightly issue 1259: NaN from normalising in fp16",
     key="optimizer.lr",
     during=_not_finite,
@@ -134,7 +135,8 @@ loss_rise = Rule(
     what="The loss rises far above its least.",
     severity="warning",
     cause="a target that moves away (tau above 1), a learning rate too high, or a target that is left behind",
-    fix="look at tau over the whole run, then lower optimizer.lr; measure kNN, which tells whether features suffer",
+    fix="look at tau over the whole run, then lower the learning rate (optimizer.lr); measure kNN, which tells "
+    "whether features suffer",
     source="byol-pytorch issues 3 and 39; bytedance/ibot issue 31 and yaox12/BYOL-PyTorch issue 14: a rise that is "
     "sound, while kNN climbs",
     key="optimizer.lr",
@@ -166,8 +168,8 @@ loss_at_chance = Rule(
     severity="error",
     cause="pairs that are not of one image, a temperature that flattens everything, codes that are all alike (ln of "
     "the prototypes), or a learning rate of nothing",
-    fix="see that row i of each branch is of image i; then loss.temperature, for SwAV loss.epsilon, for DINO centre "
-    "and temperatures, then optimizer.lr",
+    fix="see that row i of each branch is of image i; then the temperature (loss.temperature), for SwAV epsilon "
+    "(loss.epsilon), for DINO centre and temperatures, then the learning rate (optimizer.lr)",
     source="simclr issue 30, dinov2 issue 407, swav issue 62: losses pinned at ln M",
     key="loss",
     during=_at_chance,
@@ -194,8 +196,8 @@ loss_not_falling = Rule(
     what="The loss is no lower than at the start.",
     severity="warning",
     cause="gradients that do not reach the weights, a sign, pairs of different images, or a learning rate far off",
-    fix="see that grad_norm is not 0 and that the optimizer has the networks' own parameters; then try optimizer.lr a "
-    "tenth and ten times as high",
+    fix="see that grad_norm is not 0 and that the optimizer has the networks' own parameters; then try a learning "
+    "rate (optimizer.lr) a tenth and ten times as high",
     source="sslkit's own benchmark of planted faults (docs/explanation/doctor.md)",
     key="optimizer.lr",
     during=_does_not_fall,
@@ -289,7 +291,8 @@ gradient_spike = Rule(
     what="The gradient jumps.",
     severity="info",
     cause="a learning rate at the edge of what is stable, or single batches out of the ordinary",
-    fix="train.clip_grad_norm at a few times the usual norm, a lower optimizer.lr, or a longer warm-up",
+    fix="clip gradients at a few times their usual norm (train.clip_grad_norm), or take a lower learning rate or a "
+    "longer warm-up (optimizer.lr)",
     source="Chen et al. 2021 (MoCo v3, arXiv 2104.02057), section 4.1: dips of accuracy at spikes of the gradient",
     key="train.clip_grad_norm",
     during=_spikes,
@@ -324,7 +327,7 @@ rate_oscillation = Rule(
     what="The loss oscillates.",
     severity="warning",
     cause="a learning rate too high for the optimizer: Adam at a rate made for LARS or SGD, or SGD for a larger batch",
-    fix="optimizer.lr a third or a tenth as high, with a warm-up; for Adam between 3e-4 and 1e-3",
+    fix="a learning rate (optimizer.lr) a third or a tenth as high, with a warm-up; for Adam between 3e-4 and 1e-3",
     source="byol-pytorch issues 39 and 44; the limit is calibrated",
     key="optimizer.lr",
     during=_oscillates,

@@ -51,7 +51,7 @@ target_equals_online = Rule(
     what="The target is the online network: nothing is ahead of anything.",
     severity="error",
     cause="tau = 0, weights that both networks share, or a copy in place of an average",
-    fix="make the target a deep copy once, and move it by tau: target_updater.tau = 0.99, rising to 1",
+    fix="make the target a deep copy once, and move it by a tau of .99 that rises to 1 (target_updater.tau)",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), table 5a: 0.3 % with tau = 0",
     key="target_updater.tau",
     during=_equal,
@@ -114,7 +114,8 @@ target_not_following = Rule(
     what="The target is left behind: the gap to the online network grows without end.",
     severity="warning",
     cause="a tau too near to 1 for the run's length, an update that is not made, or a learning rate too high",
-    fix="lower target_updater.tau for short runs (.97 for 40 epochs, .99 for 300), or lower optimizer.lr",
+    fix="lower tau (target_updater.tau) for short runs (.97 for 40 epochs, .99 for 300), or lower the learning rate "
+    "(optimizer.lr)",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), table 5a and appendix F; the limit is calibrated",
     key="target_updater.tau",
     during=_left_behind,

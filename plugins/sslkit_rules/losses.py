@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from sslkit.rules import Facts, Rule, Seen
 from sslkit_rules.options import listed, option, used, values
 
@@ -18,6 +20,10 @@ EVEN = 0.2
 """SwAV's epsilon above which its codes are nearly uniform: cosines differ by some tenths."""
 COLD, HOT = 0.03, 1.0
 """Temperatures that SimCLR's table 5 has (.05 to 1) end here; MoCo v3 has 1, and no paper more."""
+
+COUNTED = 1.9
+"""Terms as large as the positive's from which on one of them is too many; a mask that puts 0 for a similarity adds less
+than one, and matters little."""
 
 
 def _halved(facts: Facts) -> Seen | None:
@@ -38,7 +44,7 @@ loss_halved = Rule(
     what="BYOL's loss is averaged where the reference sums.",
     severity="warning",
     cause="the mean of both directions, or of cosines; a learning rate found with the sum is then too low",
-    fix="sum both directions (loss.form = 'byol'), or raise optimizer.lr by the same factor",
+    fix="sum both directions (loss.form = 'byol'), or raise the learning rate (optimizer.lr) by the same factor",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.1: the sum; lightly pull request 1286",
     key="loss.form",
     before=_halved,
@@ -87,6 +93,26 @@ loss_without_gradient = Rule(
 )
 
 
+def _lengths(facts: Facts) -> str | None:
+    # DINO's cross-entropy, in which lengths sharpen, has no predictions.
+    if facts.prevents_collapse is not False or not facts.wants_predictions or not facts.scale_sensitive:
+        return None
+    return "the loss changes where all outputs are twice as long, and nothing in it keeps them apart"
+
+
+loss_not_normalised = Rule(
+    what="The loss depends on how long the outputs are: they are not normalised.",
+    severity="warning",
+    cause="a squared error of the outputs as they are: shorter outputs lower it without agreeing any better",
+    fix="divide predictions and targets by their lengths (torch.nn.functional.normalize; loss.use = 'cosine'); accept "
+    "the finding where lengths are meant",
+    source="Grill et al. 2020 (BYOL, arXiv 2006.07733), equation 2: the squared error of unit vectors, 2 - 2 cos",
+    key="loss.use",
+    before=_lengths,
+    explains=("loss_rise", "collapse", "dimensional_collapse", "knn_not_improving", "knn_falling"),
+)
+
+
 # ---------------------------------------------------------------- queues
 
 
@@ -102,7 +128,7 @@ queue_never_full = Rule(
     what="The loss's queue is never full: some of it stays random.",
     severity="warning",
     cause="a queue made for more data or more epochs",
-    fix="a smaller loss.queue",
+    fix="a smaller queue (loss.queue)",
     source="He et al. 2020 (MoCo, arXiv 1911.05722), section 3.2: the queue holds keys of earlier batches",
     key="loss.queue",
     before=_never_full,
@@ -125,7 +151,7 @@ queue_exceeds_data = Rule(
     what="The loss's queue holds more images than there are: an image meets older rows of itself.",
     severity="warning",
     cause="a queue made for a larger data set",
-    fix="a loss.queue well below the number of training images",
+    fix="a queue (loss.queue) well below the number of training images",
     source="moco issue 146; He et al. 2020 (MoCo, arXiv 1911.05722), table 1: 65,536 rows of 1.28 million images",
     key="loss.queue",
     before=_exceeds,
@@ -144,7 +170,7 @@ queue_not_divisible = Rule(
     what="The loss's queue is no multiple of what a step pushes.",
     severity="info",
     cause="sslkit's queue wraps around and loses nothing; MoCo's code refuses it",
-    fix="a loss.queue that is a multiple of the rows that a step pushes",
+    fix="a queue (loss.queue) that is a multiple of the rows that a step pushes",
     source="moco issue 146, and the assertion in MoCo's code",
     key="loss.queue",
     before=_rest,
@@ -165,7 +191,8 @@ moco_leak = Rule(
     what="BatchNorm gives the key away: it shares its batch with the query, and the queue does not.",
     severity="warning",
     cause="BatchNorm without MoCo's shuffling",
-    fix="train.batch_norm = 'split:8', which shuffles the target's batch, or a network without BatchNorm",
+    fix="shuffle the target's batch between the groups that BatchNorm sees (train.batch_norm = 'split:8'), or take a "
+    "network without BatchNorm",
     source="He et al. 2020 (MoCo, arXiv 1911.05722), section 3.3 and figure A.1: the pretext task is solved, and "
     "nothing learnt; moco issue 46",
     key="train.batch_norm",
@@ -188,11 +215,34 @@ few_negatives = Rule(
     what="There are few negatives: the batch is small for a loss that compares its images.",
     severity="warning",
     cause="a small train.batch_size",
-    fix="train.batch_size of 128 or more, a loss with a queue (loss.use = 'moco'), or one made for small batches "
-    "(loss.use = 'dcl')",
+    fix="a batch of 128 images or more (train.batch_size), a loss with a queue (loss.use = 'moco'), or one made for "
+    "small batches (loss.use = 'dcl')",
     source="Chen et al. 2020 (SimCLR, arXiv 2002.05709), figure 9; Yeh et al. 2022 (DCL, arXiv 2110.06848), section 4",
     key="train.batch_size",
     before=_few,
+)
+
+
+def _among_negatives(facts: Facts) -> str | None:
+    counted = facts.positives_counted
+    if counted is None or counted < COUNTED:
+        return None
+    return (
+        f"where an image's two views agree and other images are far, {counted:.3g} terms in the denominator are as "
+        f"large as the positive's, itself included: the loss cannot fall below ln {counted:.3g} = "
+        f"{math.log(counted):.3g}"
+    )
+
+
+own_view_among_negatives = Rule(
+    what="A view is told apart from itself, or from its own positive: the denominator counts it as a negative.",
+    severity="warning",
+    cause="similarities of views to themselves that are not masked, or a positive that is added to a sum which has it",
+    fix="leave the diagonal out of the similarities: masked_fill(torch.eye(2 * N, dtype=torch.bool), -inf)",
+    source="Chen et al. 2020 (SimCLR, arXiv 2002.05709), equation 1: the sum is over k other than i",
+    key="loss.use",
+    before=_among_negatives,
+    explains=("loss_at_chance", "loss_not_falling", "knn_not_improving", "knn_falling"),
 )
 
 
@@ -209,7 +259,7 @@ temperature_extreme = Rule(
     what="The loss's temperature is outside of what papers have tried.",
     severity="warning",
     cause="similarities multiplied where they are to be divided, or a unit mistaken",
-    fix="loss.temperature between .07 and .5",
+    fix="a temperature between .07 and .5 (loss.temperature)",
     source="Chen et al. 2020 (SimCLR, arXiv 2002.05709), table 5: .05 to 1; Wang & Liu 2021 (arXiv 2012.09740)",
     key="loss.temperature",
     before=_temperature,
@@ -229,7 +279,7 @@ regulariser_off = Rule(
     what="A term that keeps outputs apart is switched off.",
     severity="warning",
     cause="a weight of 0",
-    fix="the weight that its paper has; see the recipe of the method, such as vicreg_cifar10",
+    fix="the weight that its paper has (see the recipe of the method, such as vicreg_cifar10)",
     source="Bardes et al. 2022 (VICReg, arXiv 2105.04906), section 5: collapse without the variance term, and less "
     "accuracy without the covariance term; Zbontar et al. 2021 (Barlow Twins, arXiv 2103.03230), table 3",
     key="loss.use",
@@ -254,7 +304,7 @@ sinkhorn_epsilon = Rule(
     what="SwAV's epsilon is so large that every image is given to all prototypes alike.",
     severity="warning",
     cause="a value of another implementation, such as one that multiplies by it",
-    fix="loss.epsilon between .02 and .1; .05 in the paper",
+    fix="an epsilon between .02 and .1, .05 in the paper (loss.epsilon)",
     source="Caron et al. 2020 (SwAV, arXiv 2006.09882), section 3.1: a strong entropy ends in a trivial solution; "
     "the limit is four times the paper's value",
     key="loss.epsilon",

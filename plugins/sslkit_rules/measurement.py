@@ -17,6 +17,9 @@ SHARED_ERROR, SHARED_WARNING = 0.05, 0.005
 """Shares of the test images. Each may raise the accuracy by its own size: more than methods differ by, and about what
 seeds differ by."""
 
+EQUAL_ERROR, EQUAL_WARNING = 0.5, 0.1
+"""Shares of the training images that are one picture. Blank tiles of a large scan may be some hundredths."""
+
 
 def _no_quality(facts: Facts) -> Seen | None:
     if facts.quality is None or facts.quality:
@@ -53,8 +56,8 @@ no_quality_metric = Rule(
     what="No metric of quality is measured: a loss cannot rank self-supervised runs.",
     severity="warning",
     cause="kNN and the probe are switched off, or the run has only ever printed its loss",
-    fix="measure kNN accuracy beside the random network's: leave the observers knn and probe on (enabled = true); with "
-    "labels for a part of the images alone, use those",
+    fix="measure kNN accuracy beside the random network's (leave the observers knn and probe on; for a loop of your "
+    "own sslkit.watch(labelled=...)); with labels for a part of the images alone, use those",
     source="the forum thread 'Loss is increased after some epochs'; Garrido et al. 2023 (RankMe, arXiv 2210.02885), "
     "section 1: losses say nothing of the quality of features",
     key="observers",
@@ -80,4 +83,45 @@ test_images_in_training = Rule(
     "are about what methods and seeds differ by",
     key="data_source",
     before=_shared,
+)
+
+
+def _one_class(facts: Facts) -> str | None:
+    for what, classes in (("training", facts.classes), ("test", facts.test_classes)):
+        if facts.quality and classes == 1:
+            return f"the labels of the {what} images name 1 class"
+    return None
+
+
+one_class = Rule(
+    what="All labels are the same: accuracies of kNN and the probe say nothing.",
+    severity="warning",
+    cause="one folder for all images, or labels that were not read",
+    fix="labels of two classes or more, in training and test images alike; without them, switch the observers knn and "
+    "probe off (enabled = false)",
+    source="Wu et al. 2018 (arXiv 1805.01978), section 3.4: neighbours vote for their classes, and where there is one, "
+    "it wins whatever the features are",
+    key="data_source",
+    before=_one_class,
+)
+
+
+def _equal(facts: Facts) -> Seen | None:
+    share = facts.commonest_image
+    if share is None or share <= EQUAL_WARNING:
+        return None
+    text = f"{share:.1%} of the training images looked at are one and the same picture, pixel for pixel"
+    return Seen(text, "error" if share > EQUAL_ERROR else "warning")
+
+
+equal_images = Rule(
+    what="Many training images are one and the same picture.",
+    severity="error",
+    cause="a reader that returns one image again and again, or blank images in the place of what could not be read",
+    fix="look at the images (sslkit views RECIPE), and leave out those that are blank or copies",
+    source="Chen et al. 2020 (SimCLR, arXiv 2002.05709), section 2.1: an image's views are alike and those of others "
+    "are not, which copies are both of; the limits are ours",
+    key="data_source",
+    before=_equal,
+    explains=("loss_at_chance", "collapse", "dimensional_collapse", "knn_not_improving", "knn_falling"),
 )

@@ -35,8 +35,8 @@ dino_teacher_temperature = Rule(
     what="DINO's teacher is too warm.",
     severity="warning",
     cause="a temperature for the end of the run at its beginning, or the student's",
-    fix="loss.teacher_temperature = 0.04, or up to .07 after a warm-up: { use = 'piecewise', points = [[0.0, 0.04], "
-    "[0.1, 0.07]] }",
+    fix="a teacher's temperature of .04, or up to .07 after a warm-up (loss.teacher_temperature = { use = "
+    "'piecewise', points = [[0.0, 0.04], [0.1, 0.07]] })",
     source=f"{MAIN}: unstable above .07 in most experiments; Caron et al. 2021 (DINO, arXiv 2104.14294), section 5.3: "
     "without sharpening the output becomes uniform",
     key="loss.teacher_temperature",
@@ -55,7 +55,7 @@ dino_last_layer = Rule(
     what="DINO's last layer is not kept still in the first epoch.",
     severity="warning",
     cause="freeze_last_layer_epochs = 0",
-    fix="projector.freeze_last_layer_epochs = 1",
+    fix="freeze the projector's last layer for the first epoch (projector.freeze_last_layer_epochs = 1)",
     source=f"{MAIN}: keeping the output layer fixed in the first epoch helps training",
     key="projector.freeze_last_layer_epochs",
     before=_last_layer,
@@ -75,7 +75,7 @@ dino_tau = Rule(
     what="DINO's tau is low for small batches.",
     severity="warning",
     cause="the default of .996, which is for batches of 1024",
-    fix="target_updater.tau = { use = 'cosine', start = 0.9995, end = 1.0 }",
+    fix="a tau from .9995 to 1 (target_updater.tau = { use = 'cosine', start = 0.9995, end = 1.0 })",
     source=f"{MAIN}: a higher value for small batches, .9995 for 256",
     key="target_updater.tau",
     before=_dino_tau,
@@ -89,7 +89,7 @@ def _branch(facts: Facts) -> Seen | None:
     if loss == "dino" and facts.evaluated == "online":
         return Seen(
             "features of the online network are measured, and DINO keeps the target",
-            fix="target_updater.evaluate = 'target'",
+            fix="measure and keep the target (target_updater.evaluate = 'target')",
         )
     if loss in ONLINE_IS_KEPT and facts.evaluated == "target":
         return Seen(f"features of the target are measured, and methods with loss {loss!r} keep the online network")
@@ -100,7 +100,7 @@ wrong_branch_evaluated = Rule(
     what="The branch that is measured is not the one that the method keeps.",
     severity="warning",
     cause="target_updater.evaluate of another method",
-    fix="target_updater.evaluate = 'online'",
+    fix="measure and keep the online network (target_updater.evaluate = 'online')",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.1: the online encoder is kept; Caron et al. 2021 "
     "(DINO, arXiv 2104.14294), section 5.2: the teacher is better throughout; lightly issue 1471",
     key="target_updater.evaluate",

@@ -51,7 +51,7 @@ batch_norm_small = Rule(
     what="BatchNorm sees few images at a time.",
     severity="warning",
     cause="a small batch, many micro-batches or groups of train.batch_norm",
-    fix="train.batch_size of 32 or more for each micro-batch and group, or a network without BatchNorm",
+    fix="32 images or more (train.batch_size) for each micro-batch and group, or a network without BatchNorm",
     source="Wu & He 2018 (GroupNorm, arXiv 1803.08494), figure 1; Grill et al. 2020 (BYOL, arXiv 2006.07733), figure "
     "3a: small batches cost accuracy by way of BatchNorm",
     key="train.batch_size",
@@ -114,7 +114,7 @@ stem_too_coarse = Rule(
     what="The backbone's stem is made for large images.",
     severity="warning",
     cause="a 7x7 convolution with stride 2 and a max-pool, for 224 px; it costs accuracy, and explains no curve",
-    fix="backbone.stem = 'small_image': 3x3 with stride 1, no max-pool",
+    fix="a stem of 3x3 with stride 1 and without max-pool (backbone.stem = 'small_image')",
     source="Chen et al. 2020 (SimCLR, arXiv 2002.05709), appendix B.9",
     key="backbone.stem",
     before=_coarse,
@@ -129,7 +129,7 @@ projector_missing = Rule(
     what="There is no projector between features and loss.",
     severity="warning",
     cause="projector.use = 'identity'",
-    fix="projector.use = 'mlp'",
+    fix="put a small MLP between the backbone and the loss (projector.use = 'mlp')",
     source="Chen et al. 2020 (SimCLR, arXiv 2002.05709), section 4.2: features before a non-linear head are better by "
     "more than 10 points",
     key="projector.use",

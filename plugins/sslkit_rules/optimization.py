@@ -68,7 +68,7 @@ rate_zero = Rule(
     what="A part of the model never learns: its learning rate is 0.",
     severity="error",
     cause="a rate that was scaled or rounded to nothing",
-    fix="set optimizer.lr, or leave optimizer.groups of that part out",
+    fix="set the rate (optimizer.lr), or leave that part to the rate of the others (no optimizer.groups for it)",
     source="Chen & He 2021 (SimSiam, arXiv 2011.10566), table 1b, for a predictor that stays random",
     key="optimizer.lr",
     before=_rate_zero,
@@ -90,7 +90,8 @@ predictor_rate_low = Rule(
     what="The predictor learns more slowly than the backbone.",
     severity="warning",
     cause="a rate of its own that is lower than the rest's",
-    fix="remove optimizer.groups.predictor.lr, or set it to the backbone's highest rate, constant as in SimSiam",
+    fix="give the predictor the rate of the rest (no optimizer.groups.predictor.lr), or the backbone's highest rate, "
+    "constant as in SimSiam",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), table 21: without a slow target it takes a predictor that is "
     "near its optimum, with a rate above the rest's; Chen & He 2021 (SimSiam, arXiv 2011.10566), table 1c",
     key="optimizer.groups.predictor.lr",
@@ -120,7 +121,7 @@ decay_on_biases = Rule(
     what="Bias and normalisation parameters are decayed.",
     severity="warning",
     cause="one parameter group for all",
-    fix="optimizer.exclude_bias_and_norm = true",
+    fix="put them into a parameter group without decay and adaptation (optimizer.exclude_bias_and_norm = true)",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.3, and Chen et al. 2020 (SimCLR, arXiv 2002.05709), "
     "appendix B: both leave them out of LARS's adaptation and decay; with plain SGD, SimSiam and MoCo do not",
     key="optimizer.exclude_bias_and_norm",
@@ -145,7 +146,8 @@ adam_rate_high = Rule(
     what="The learning rate is too high for Adam.",
     severity="warning",
     cause="a rate from another method or a larger batch",
-    fix="optimizer.lr from 3e-4 to 1e-3, with a warm-up: { use = 'warmup_cosine', peak = 0.001, warmup_epochs = 1 }",
+    fix="a learning rate from 3e-4 to 1e-3, with a warm-up (optimizer.lr = { use = 'warmup_cosine', peak = 0.001, "
+    "warmup_epochs = 1 })",
     source="byol-pytorch issues 39 and 44; the limit of .005 is five times what papers take",
     key="optimizer.lr",
     before=_adam,
@@ -167,7 +169,8 @@ sgd_rate_high = Rule(
     what="The learning rate is too high for SGD.",
     severity="warning",
     cause="a rate made for LARS, or scaled by the batch size twice",
-    fix="optimizer.lr between .03 and .3 with optimizer.lr_reference_batch = 256",
+    fix="a learning rate between .03 and .3 for 256 images, in proportion to the batch (optimizer.lr, "
+    "optimizer.lr_reference_batch = 256)",
     source="Goyal et al. 2017 (arXiv 1706.02677), section 2.1: .1 for 256 images; He et al. 2020 (MoCo, arXiv "
     "1911.05722), section 4: .03; Chen & He 2021 (SimSiam, arXiv 2011.10566), section 3: .05",
     key="optimizer.lr",
@@ -193,7 +196,8 @@ lars_rate = Rule(
     what="The product of LARS's learning rate and eta is far from what papers have.",
     severity="warning",
     cause="a rate that belongs to another eta",
-    fix="BYOL: optimizer.lr .2 for 256 images with eta = 0.001; CIFAR recipes here: .3 to 1 with eta = 0.02",
+    fix="BYOL: a learning rate of .2 for 256 images with an eta of .001 (optimizer.lr, optimizer.eta); on CIFAR-10 .3 "
+    "to 1 with .02",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.3; Chen et al. 2020 (SimCLR, arXiv 2002.05709), "
     "section 2.2; solo-learn's CIFAR recipes; the limits are a quarter of the least and ten times the most",
     key="optimizer.lr",
@@ -202,11 +206,11 @@ lars_rate = Rule(
 )
 
 
-def _decay(facts: Facts) -> str | None:
+def _decay(facts: Facts) -> str | Seen | None:
     name = facts.optimizer or used(facts, "optimizer")
     decay = max(values(option(facts, "optimizer.weight_decay")), default=0.0)
     if name == "adamw" and decay > ADAMW_DECAY_HIGH:
-        return f"weight decay is {decay:g} with adamw; papers have .4 or less"
+        return Seen(f"weight decay is {decay:g} with adamw; papers have .4 or less", cause="")
     if name in ("sgd", "lars", "adam") and decay > DECAY_HIGH:
         return f"weight decay is {decay:g} with {name}; papers have 5e-4 or less"
     return None
@@ -216,7 +220,7 @@ decay_high = Rule(
     what="The weight decay is far above what papers have.",
     severity="warning",
     cause="a decay made for AdamW, which multiplies it by the learning rate alone",
-    fix="optimizer.weight_decay between 1e-6 and 5e-4 for SGD, LARS and Adam; .04 to .4 for AdamW",
+    fix="a weight decay (optimizer.weight_decay) between 1e-6 and 5e-4 for SGD, LARS and Adam; .04 to .4 for AdamW",
     source="Chen & He 2021 (SimSiam, arXiv 2011.10566), appendix D: 5e-4; Caron et al. 2021 (DINO, arXiv 2104.14294), "
     "section 3.2: AdamW, .04 to .4; the limits are ten times the one and above the other",
     key="optimizer.weight_decay",

@@ -44,7 +44,8 @@ knn_not_improving = Rule(
     what="The features are no better than a random network's.",
     severity="warning",
     cause="views that leave a shortcut, a learning rate far off, or a collapse",
-    fix="look at the views first, then try optimizer.lr a third and three times as high; see what else is told here",
+    fix="look at the views first, then try a learning rate (optimizer.lr) a third and three times as high; see what "
+    "else is told here",
     source="Wu et al. 2018 (arXiv 1805.01978), section 3.4: weighted kNN; beside it the floor that every run begins at",
     key="optimizer.lr",
     during=_no_better,
@@ -57,16 +58,32 @@ def _falls(course: Course) -> Seen | None:
         if found is None or len(found.values) < 3:
             continue
         start = found.values[0] if found.floor is None else found.floor
-        if found.best <= start + found.noise or _kept(found) or found.steps[-1] == found.steps[-2]:
+        if found.steps[-1] == found.steps[-2]:
+            continue
+        if found.best <= start + found.noise:
+            lost = _below_its_first(course, found)
+        else:
+            lost = None if _kept(found) else found.last <= start + found.noise / 2
+        if lost is None:
             continue
         when = found.steps[found.values.index(found.best)]
-        lost = found.last <= start + found.noise / 2
         return Seen(
             f"{name} was {found.best:.3f} at step {when} and is {found.last:.3f} at step {found.steps[-1]}",
             "error" if lost else "warning",
             step=when,
         )
     return None
+
+
+def _below_its_first(course: Course, found: Quality) -> bool | None:
+    """Without a floor: whether a fifth of the first figure is lost; None if the newest are not clearly below it.
+
+    It may dip at first, and one record alone may be chance: both of the newest have to be below, late enough.
+    """
+    if found.floor is not None or not far(course, SHARE, EPOCHS, found.key):
+        return None
+    newest = max(found.values[-2:])
+    return newest < LOST * found.values[0] if newest < found.values[0] - 2 * found.noise else None
 
 
 def _kept(found: Quality) -> bool:
@@ -77,7 +94,8 @@ knn_falling = Rule(
     what="The features get worse.",
     severity="warning",
     cause="a rate too high, a target that moves away, or a collapse that has begun",
-    fix="stop, go back to the best checkpoint, and lower optimizer.lr or look at target_updater.tau",
+    fix="stop, go back to the best checkpoint, and lower the learning rate (optimizer.lr) or look at tau "
+    "(target_updater.tau)",
     source="vjepa2 issue 74: a rise of the loss, a sudden drop, and features that get worse",
     key="optimizer.lr",
     during=_falls,

@@ -160,7 +160,7 @@ warmup_long = Rule(
     what="The learning rate's warm-up takes more than half of the run.",
     severity="warning",
     cause="a warm-up in epochs of a longer run",
-    fix="a tenth of the run or less: optimizer.lr = { use = 'warmup_cosine', peak = ..., warmup_epochs = ... }",
+    fix="a tenth of the run or less (optimizer.lr = { use = 'warmup_cosine', peak = ..., warmup_epochs = ... })",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.3, and Chen et al. 2020 (SimCLR, arXiv 2002.05709), "
     "section 2.2: 10 epochs of 100 to 1000; the limit of a half is ours",
     before=_long_warmup,

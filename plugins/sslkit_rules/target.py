@@ -52,8 +52,8 @@ def _above_one(facts: Facts) -> Seen | None:
     return Seen(
         text,
         cause="tau ends as far above 1 as it began below: the + 1 inside the bracket of BYOL's formula is missing",
-        fix=f"1 - (1 - base) * (cos(pi*k/K) + 1) / 2 with base = {base:g}, which is target_updater.tau = "
-        f'{{ use = "cosine", start = {base:g}, end = 1.0 }}; start again from epoch 0',
+        fix=f"1 - (1 - base) * (cos(pi*k/K) + 1) / 2 with base = {base:g} (target_updater.tau = "
+        f'{{ use = "cosine", start = {base:g}, end = 1.0 }}); start again from epoch 0',
     )
 
 
@@ -81,8 +81,8 @@ tau_above_one = Rule(
     what="The target's tau is above 1: the target moves away from the online network.",
     severity="error",
     cause="the schedule's formula, or a step that runs past its length",
-    fix="1 - (1 - base) * (cos(pi*k/K) + 1) / 2 with step k no larger than K, which is target_updater.tau = "
-    '{ use = "cosine", start = 0.99, end = 1.0 }; start again from epoch 0',
+    fix="1 - (1 - base) * (cos(pi*k/K) + 1) / 2 with step k no larger than K (target_updater.tau = { use = 'cosine', "
+    "start = 0.99, end = 1.0 }); start again from epoch 0",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.3; the forum thread 'Loss is increased after some "
     "epochs', whose formula lacks the + 1",
     key="target_updater.tau",
@@ -115,8 +115,8 @@ tau_below_zero = Rule(
     what="The target's tau is below 0: the target overshoots the online network.",
     severity="error",
     cause="the schedule's formula, or its signs",
-    fix="keep tau between 0 and 1; BYOL's rises from .99 or more to 1: target_updater.tau = "
-    '{ use = "cosine", start = 0.99, end = 1.0 }',
+    fix="keep tau between 0 and 1; BYOL's rises from .99 or more to 1 (target_updater.tau = { use = 'cosine', start = "
+    "0.99, end = 1.0 })",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.1: the target decay rate is in [0, 1]",
     key="target_updater.tau",
     before=_below_zero,
@@ -155,8 +155,8 @@ tau_falls = Rule(
     what="The target's tau falls: the target speeds up instead of settling.",
     severity="error",
     cause="a schedule that decays, or a step that runs past its length K, where the cosine turns back",
-    fix="let tau rise or stay, and keep step k at most K: target_updater.tau = "
-    '{ use = "cosine", start = 0.99, end = 1.0 }',
+    fix="let tau rise or stay, and keep step k at most K (target_updater.tau = { use = 'cosine', start = 0.99, end = "
+    "1.0 })",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.3; Caron et al. 2021 (DINO, arXiv 2104.14294), "
     "section 3.1: tau rises to 1",
     key="target_updater.tau",
@@ -184,7 +184,7 @@ def _low(facts: Facts) -> Seen | None:
     return Seen(
         f"tau is {start:.9g} at the start: each update replaces {1 - start:.3g} of the target, which is then nearly "
         "the online network",
-        fix=f"{meant}target_updater.tau = 0.99 or more, rising to 1",
+        fix=f"{meant}a tau of .99 or more that rises to 1 (target_updater.tau)",
     )
 
 
@@ -192,7 +192,7 @@ tau_low = Rule(
     what="The target's tau is below 0.5: the target is nearly the online network.",
     severity="warning",
     cause="1 - tau given for tau",
-    fix="target_updater.tau = 0.99 or more, rising to 1",
+    fix="a tau of .99 or more that rises to 1 (target_updater.tau)",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), table 5a: 0.3 % with tau = 0; He et al. 2020 (MoCo, arXiv "
     "1911.05722), section 4.1: no convergence with m = 0; Caron et al. 2021 (DINO, arXiv 2104.14294), figure 6",
     key="target_updater.tau",
@@ -222,7 +222,7 @@ tau_fast = Rule(
     what="The target's tau is below 0.9: the target follows faster than any paper recommends.",
     severity="warning",
     cause="a tau for very short runs",
-    fix="target_updater.tau from .9 on for runs of some thousand steps, .99 or .996 for long ones",
+    fix="a tau from .9 on for runs of some thousand steps, .99 or .996 for long ones (target_updater.tau)",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), table 5a: 72.5 % with .99, 68.4 % with .9, 0.3 % with 0; He et "
     "al. 2020 (MoCo, arXiv 1911.05722), section 4.1: 59.0 % with .999, 55.2 % with .9",
     key="target_updater.tau",
@@ -251,8 +251,8 @@ tau_slow = Rule(
     what="The target's memory is longer than the whole run: it hardly leaves its random start.",
     severity="warning",
     cause="a tau made for a run of many more steps",
-    fix="train longer, or lower target_updater.tau: BYOL's presets have .97, .99 and .996 for 40, 300 and 1000 epochs, "
-    "and quickstart's 1,680 steps have .9",
+    fix="train longer, or lower tau (target_updater.tau): BYOL's presets have .97, .99 and .996 for 40, 300 and 1000 "
+    "epochs, and 1,680 steps on small images take .9",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), table 5a: a target that stays random gives 18.8 % instead of "
     "72.5 %; the limit of one time constant is ours",
     key="target_updater.tau",
@@ -300,7 +300,7 @@ target_frozen = Rule(
     what="The target never moves.",
     severity="warning",
     cause="tau = 1",
-    fix="target_updater.tau below 1; BYOL's rises from .99 or more to 1",
+    fix="a tau below 1 (target_updater.tau); BYOL's rises from .99 or more to 1",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), table 5a: 18.8 % with tau = 1, a random target, against 72.5 %",
     key="target_updater.tau",
     before=_frozen,
@@ -362,7 +362,7 @@ predictor_missing = Rule(
     what="No predictor learns, and nothing else keeps the outputs from becoming constant.",
     severity="warning",
     cause="a predictor that was left out or is the identity",
-    fix="set predictor.use = 'mlp'",
+    fix="put an MLP behind the online projector as a predictor (predictor.use = 'mlp')",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), table 5b; Chen & He 2021 (SimSiam, arXiv 2011.10566), table 1: "
     "known to collapse without one, whatever the target",
     key="predictor",
@@ -381,9 +381,9 @@ ema_missing = Rule(
     what="There is no moving average, and the heads are made for one.",
     severity="warning",
     cause="BYOL's moving average was taken away while its heads and its optimizer stayed",
-    fix="use target_updater.use = 'ema', or SimSiam's parts with it: BatchNorm on the projector's output "
-    "(projector.output_norm = 'batch_no_affine'), a predictor that narrows, a constant rate for it; see the recipe "
-    "simsiam_cifar10",
+    fix="make the target a moving average of the online network (target_updater.use = 'ema'), or take SimSiam's "
+    "parts: BatchNorm on the projector's output (projector.output_norm = 'batch_no_affine'), a predictor that narrows, "
+    "a constant rate for it (see the recipe simsiam_cifar10)",
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), table 5a: 0.3 % with tau = 0; Chen & He 2021 (SimSiam, arXiv "
     "2011.10566), tables 1 to 3; simsiam issue 7",
     key="target_updater.use",

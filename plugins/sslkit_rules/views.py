@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sslkit.rules import Course, Facts, Rule, Seen
-from sslkit_rules.options import option
+from sslkit_rules.options import listed, option
 
 WEAK = 0.1
 """Mean |v1 - v2| of normalised pixels, below which views hardly differ. Recipes here have .5 to 1.2; on CIFAR-10 flips
@@ -16,7 +16,7 @@ FAR, WIDE = 2.0, 4.0
 """How far from 0 the mean of pixels is allowed to be, and from 1, as a factor, their standard deviation: dark or pale
 data normalised with ImageNet's figures stay within, pixels of 0..255 do not."""
 
-MORE = "view_generator.use = 'two_crops': random resized crop, flip, colour jitter (.4 .4 .2 .1), grey .2"
+MORE = "random resized crops, flips, colour jitter of .4 .4 .2 .1, grey at .2 (view_generator.use = 'two_crops')"
 
 
 def _identical(facts: Facts) -> str | None:
@@ -106,7 +106,8 @@ views_not_normalised = Rule(
     what="The views are not normalised.",
     severity="warning",
     cause="the mean and standard deviation of other data, or pixels on the scale 0..255",
-    fix="leave view_generator.mean and .std out, which takes those of the data, or set them on the scale 0..1",
+    fix="normalise by the mean and standard deviation of the data on the scale 0..1 (leave view_generator.mean and "
+    ".std out, which takes these)",
     source="ours; every method's code normalises by channel",
     key="view_generator.mean",
     before=_scale,
@@ -128,11 +129,15 @@ views_keep_colour = Rule(
 
 
 def _per_batch(facts: Facts) -> str | None:
-    return "copies of one image in a batch have the same views" if facts.images_share_draws else None
+    if facts.images_share_draws:
+        return "copies of one image in a batch have the same views"
+    if facts.shared_draws:
+        return f"what is drawn as {listed(facts.shared_draws)} is the same for all images of a batch"
+    return None
 
 
 one_draw_per_batch = Rule(
-    what="One draw of crop and colour serves all images of a batch.",
+    what="One draw of crop or colour serves all images of a batch.",
     severity="warning",
     cause="parameters drawn once for the whole batch, as batched transforms do unless told otherwise",
     fix="draw parameters for every image: the leading dimension of all that `draw(n, generator)` gives is n",

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from typing import Any, Literal
 
 from sslkit import doctor
 from sslkit.errors import UserError
 from sslkit.foreign import formula, log_notes, logs
+from sslkit.foreign.followed import Followed
 from sslkit.foreign.log_notes import COSINE, LogLoss
 from sslkit.rules import Course, Facts, Trajectory
 
@@ -83,6 +84,11 @@ def read(path: str, known: Known | None = None) -> LogRun:
         UserError: the log or an option cannot be used; with the line of the log where there is one.
     """
     known, log = known or Known(), logs.read(path)
+    losses = [row["loss"] for row in log.rows if math.isfinite(row.get("loss", math.nan))]
+    cosines = [] if "cosine" in log.keys else log_notes.cosine(losses, known.loss)
+    if known.loss in COSINE and losses and log_notes.stands_for(losses, known.loss) is None:
+        known = replace(known, loss="other")
+    may_be_byol = known.loss == "byol" or (known.loss is None and log_notes.may_be_byols(losses))
     positions = _positions(log, known)
     facts = _facts(log, known, positions)
     course = Course(facts)
@@ -91,12 +97,10 @@ def read(path: str, known: Known | None = None) -> LogRun:
         if known.loss in COSINE and math.isfinite(row.get("loss", math.nan)):
             record.setdefault("cosine", COSINE[known.loss](row["loss"]))
         course.add(record)
-    notes = [*positions.notes, *log.notes]
-    if "cosine" not in log.keys:
-        notes += log_notes.cosine(course.points("loss").values, known.loss)
+    notes = [*positions.notes, *log.notes, *_told_twice(log, known), *cosines]
     notes += log_notes.curve(
         course.points("loss"), facts.tau, whole=positions.whole, per_epoch=positions.per_epoch,
-        first=math.floor(positions.epochs[0]), may_be_byol=known.loss in (None, "byol"),
+        first=math.floor(positions.epochs[0]), may_be_byol=may_be_byol,
     )  # fmt: skip
     if facts.tau is None and known.tau_base is not None:
         notes.append(log_notes.byols_tau(known.tau_base, positions.whole))
@@ -132,10 +136,13 @@ class _Positions:
 def _positions(log: logs.Log, known: Known) -> _Positions:
     """An epoch's record holds what was seen up to its end: it stands at the epoch's last step."""
     rows, per_epoch, notes = log.rows, known.steps_per_epoch or 1, list[str]()
-    if any(0 < sum(key in row for row in rows) < len(rows) for key in ("epoch", "step")):
-        raise UserError(
-            "the log names an epoch or step in some records and not in others; leave it out or name it always"
-        )
+    for key in ("epoch", "step"):
+        there = [key in row for row in rows]
+        if any(there) and not all(there):
+            raise UserError(
+                f"the log names {key} in some records and not in others{log.place(there.index(False))}; "
+                "leave it out or name it always, and give the log's lines alone"
+            )
     if "epoch" in rows[0]:
         epochs = [row["epoch"] for row in rows]
         if any(b < a for a, b in pairwise(epochs)):
@@ -214,32 +221,26 @@ def _facts(log: logs.Log, known: Known, positions: _Positions) -> Facts:
             "target": "copy" if known.loss == "byol" else None,
             "byol_scale": 1.0 if known.loss == "byol" else None,
         }  # fmt: skip
-    if known.lr is not None or "lr" in log.keys:
-        rate = _column(log, positions, "lr") if known.lr is None else lambda step: known.lr or 0.0
-        facts["lr"] = {"backbone": Trajectory.of(rate, steps or positions.steps[-1])}
+    looked_at = steps or positions.steps[-1]
+    if known.lr is not None:
+        facts["lr"] = {"backbone": Trajectory.of(lambda step: known.lr or 0.0, looked_at)}
+    elif rate := _column(log, positions, "lr", looked_at):
+        facts["lr"] = {"backbone": rate}
     if known.tau_formula:
         facts |= {"target": "copy", "tau": _trajectory(known.tau_formula, known, positions)}
-    elif "tau" in log.keys:
-        facts |= {"target": "copy", "tau": Trajectory.of(_column(log, positions, "tau"), steps or positions.steps[-1])}
+    elif tau := _column(log, positions, "tau", looked_at):
+        facts |= {"target": "copy", "tau": tau}
     return Facts(**facts)
 
 
-def _column(log: logs.Log, positions: _Positions, key: str) -> Callable[[int], float]:
-    """A column as a function of the step: a record holds for the steps since the one before it."""
-    points = [
-        (s, row[key]) for s, row in zip(positions.steps, log.rows, strict=True) if math.isfinite(row.get(key, math.nan))
-    ]
-    at = 0
-
-    def value(step: int) -> float:
-        nonlocal at
-        if at and points[at - 1][0] > step:
-            at = 0
-        while at + 1 < len(points) and points[at][0] <= step:
-            at += 1
-        return points[at][1]
-
-    return value
+def _column(log: logs.Log, positions: _Positions, key: str, steps: int) -> Trajectory | None:
+    """A column over the run: a record holds for the steps since the one before it. None if it holds no number."""
+    followed, since = Followed(), 0
+    for step, row in zip(positions.steps, log.rows, strict=True):
+        if math.isfinite(row.get(key, math.nan)):
+            followed.note(since, row[key])
+            since = step
+    return followed.trajectory(steps) if followed.values else None
 
 
 def _trajectory(text: str, known: Known, positions: _Positions) -> Trajectory:
@@ -297,6 +298,33 @@ def _unknown(course: Course, known: Known) -> list[str]:
     ]
     missing = [f"{what} ({option})" for what, option, absent in wanted if absent]
     return [f"not told, so not examined: {', '.join(missing)}"] if missing else []
+
+
+def _told_twice(log: logs.Log, known: Known) -> list[str]:
+    """What both an option and a column of the log tell, and which of them was taken."""
+    over = [
+        ("--lr", known.lr is not None, "lr"),
+        ("--tau-formula", known.tau_formula is not None, "tau"),
+        ("--views", known.views == "identical", "view_difference"),
+    ]
+    under = [
+        ("--tau-base", known.tau_base is not None and known.tau_formula is None, "tau"),
+        ("--loss", known.loss in COSINE, "cosine"),
+    ]
+    notes = []
+    for option, told, key in over:
+        if told and key in log.keys:
+            has = sorted(row[key] for row in log.rows if math.isfinite(row.get(key, math.nan)))
+            span = ", which has " + " to ".join(dict.fromkeys((f"{has[0]:.4g}", f"{has[-1]:.4g}"))) if has else ""
+            notes.append(
+                f"{key} was taken from {option}, not from the log's column{span}; leave the option out for that"
+            )
+    notes += [
+        f"{key} was taken from the log's column, not from {option}"
+        for option, told, key in under
+        if told and key in log.keys
+    ]
+    return notes
 
 
 def _title(path: str, known: Known, positions: _Positions) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,30 +19,45 @@ from sslkit.run_directory import RunDirectory
 Metric = float | Tensor
 
 
+def detached(value: Metric) -> Metric:
+    """A figure without a graph, its mean if it is several."""
+    return value.detach().mean() if isinstance(value, Tensor) else float(value)
+
+
+def aside(text: str) -> None:
+    """Print a line to stderr, where a program's own output is not."""
+    print(text if text.startswith("sslkit") else f"sslkit: {text}", file=sys.stderr)
+
+
 class Journal:
     """Takes facts and records, and tells each finding once, when it becomes true.
 
     Args:
         facts: What is known at the start.
         say: Prints a line.
-        stop_on: How grave a finding makes the run count as lost.
+        stop_on: How grave a finding makes the run count as lost; None if none does.
         directory: Where to write; None for nowhere. Where a run lies already, the next free name with a number.
+        speaks: Whether this process is the one that tells the user anything.
 
     Raises:
         UserError: the directory cannot be written.
     """
 
     def __init__(
-        self, facts: Facts, say: Callable[[str], None], stop_on: Severity, directory: Path | None = None
-    ) -> None:
-        self.say = say
+        self, facts: Facts, say: Callable[[str], None], stop_on: Severity | None, directory: Path | None = None, *,
+        speaks: bool = True,
+    ) -> None:  # fmt: skip
+        self.say = say if speaks else lambda text: None
         self.step = 0
         """Optimizer steps so far."""
         self.epochs = 0
         """Epochs that ended."""
         self.bad_step: int | None = None
         """The first step whose loss was not finite."""
-        self._doctor = Attending(facts, say, stop_on)
+        self._doctor = Attending(facts, self.say, stop_on)
+        self._speaks = speaks
+        self._given: Any = None
+        """What the verdict that the user was given rests on."""
         self._files = None if directory is None else self._opened(directory)
 
     def _opened(self, directory: Path) -> RunDirectory:
@@ -119,10 +135,23 @@ class Journal:
         title = f"{self.facts.name or 'a watched loop'}, step {self.step}{of}"
         return doctor.examine(self._doctor.course, title, notes=notes, accepted=self.facts.accepted)
 
-    def close(self) -> None:
-        """Let go of the directory."""
+    def verdict(self, notes: Sequence[str]) -> str:
+        """All that was found, in words, for the user to print; nothing in a process that does not speak."""
+        found = self.examination(notes)
+        self._given = self._basis(found)
+        return found.text() if self._speaks else ""
+
+    def close(self, notes: Sequence[str]) -> None:
+        """Say the verdict, unless the user was given it and nothing came after; let go of the directory."""
+        found = self.examination(notes)
+        if self._basis(found) != self._given:
+            self.say(found.text())
         if self._files is not None:
+            self.say(f"all of it: sslkit doctor {self.directory}")
             self._files.close()
+
+    def _basis(self, found: doctor.Examination) -> tuple[object, ...]:
+        return self.step, len(self._doctor.course.records), *((f.id, f.severity) for f in found.findings)
 
 
 def _read(tensors: Iterable[Tensor]) -> list[float]:

@@ -16,22 +16,44 @@ COSINE: Mapping[LogLoss | None, Callable[[float], float]] = {
     "simsiam": lambda loss: -loss,
 }
 """The mean cosine that a loss stands for: BYOL's sum of 2 - 2 cos over both directions, SimSiam's mean of -cos."""
+FORMS: Mapping[LogLoss | None, str] = {
+    "byol": "BYOL's sum of 2 - 2 cos over both directions",
+    "simsiam": "SimSiam's mean of -cos",
+}
+UNLEARNT = 5.0
+"""Above 4, which is BYOL's loss of vectors that have nothing to do with each other, by what chance makes of it where
+all outputs are nearly one vector: the cosine of two random ones of 128 dimensions is seldom below -.25."""
 SHOWN = 24
 """At most how many figures of a curve are written out."""
 RISEN = 1.5
 """How many times the minimum a later loss has to be, to speak of a rise; less is common."""
 
 
+def stands_for(losses: Sequence[float], form: LogLoss | None) -> list[float] | None:
+    """The losses as cosines, by what the user says that they are; None if they are not, or it was not said."""
+    convert = COSINE.get(form)
+    found = [convert(loss) for loss in losses] if convert else []
+    return found if found and all(abs(value) <= 1 + 1e-6 for value in found) else None
+
+
+def may_be_byols(losses: Sequence[float]) -> bool:
+    """Whether losses that nothing was said of may be BYOL's: those of networks that know nothing are about 4."""
+    return bool(losses) and all(0 <= loss <= UNLEARNT for loss in losses)
+
+
 def cosine(losses: Sequence[float], form: LogLoss | None) -> list[str]:
-    """The losses as cosines; as BYOL's, and said so, if it is not known what they are."""
-    convert = COSINE.get(form or "byol")
-    if convert is None or not losses:
+    """The losses as cosines; as BYOL's if they may be that and it is not known what they are, and said so."""
+    if form in COSINE and losses and stands_for(losses, form) is None:
+        worst = max((COSINE[form](loss) for loss in losses), key=abs)
+        return [
+            f"the losses are not {FORMS[form]}: they would stand for a cosine of {worst:.3g}; they were taken for "
+            "another loss (--loss other)"
+        ]
+    found = stands_for(losses, form or "byol")
+    if found is None or (form is None and not may_be_byols(losses)):
         return []
-    found = [convert(loss) for loss in losses]
-    if any(abs(value) > 1 + 1e-6 for value in found):
-        return [f"the losses are not {form}'s: they stand for a cosine of {max(found, key=abs):.3g}"] if form else []
     shown = [f"{value:.3f}".replace("0.", ".") for value in found[:: math.ceil(len(found) / SHOWN)]]
-    words = "-loss" if form == "simsiam" else "1 - loss/4, for BYOL's sum of 2 - 2 cos over both directions"
+    words = "-loss" if form == "simsiam" else f"1 - loss/4, for {FORMS['byol']}"
     return [f"cosine {' '.join(shown)} ({words}{'' if form else ', if the loss is that: --loss'})"]
 
 

@@ -11,12 +11,14 @@ import json
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sslkit.errors import UserError
+from sslkit.foreign import code_lines
 
 Row = dict[str, float]
 """A line of a log: key -> figure, which may be not a number."""
@@ -80,6 +82,12 @@ class Log:
     """Keys with at least one figure, in the order in which they were found."""
     notes: list[str] = field(default_factory=list)
     """What was left out or converted, in words."""
+    places: tuple[int, ...] = ()
+    """The line of the file on which each record stands."""
+
+    def place(self, row: int) -> str:
+        """` (line 12)`, or nothing where it is not known."""
+        return f" (line {self.places[row]})" if row < len(self.places) else ""
 
 
 def read(path: str) -> Log:
@@ -92,13 +100,16 @@ def read(path: str) -> Log:
     lines = [(number, line) for number, line in enumerate(_text(path).splitlines(), 1) if _holds_something(line)]
     if not lines:
         raise UserError(f"{name}: is empty; a column of losses is the least that can be read")
+    places = [number for number, _ in lines]
     if lines[0][1].lstrip().startswith("{"):
         rows, left_out = _from_json(name, lines)
     elif not _is_table(lines):
-        rows, left_out = _from_words(lines)
+        rows, left_out, places = _from_words(name, lines)
     else:
         rows, left_out = _from_table(name, lines)
-    return _converted(name, rows, left_out)
+        places = places[-len(rows) :]
+    log = _converted(name, rows, left_out)
+    return replace(log, places=tuple(places))
 
 
 def _text(path: str) -> str:
@@ -127,13 +138,19 @@ _NOT_TRAINING = {"val", "valid", "validation", "test", "eval"}
 
 def _pairs(line: str) -> Row:
     """The figures of a line of words, the first of each name."""
+    return _named(line)[0]
+
+
+def _named(line: str) -> tuple[Row, tuple[str, ...]]:
+    """The figures of a line of words, the first of each name, and all names that stand before a figure."""
     found: Row = {}
-    for words, number, percent in _PAIR.findall(line):
+    pairs = _PAIR.findall(line)
+    for words, number, percent in pairs:
         first, _, last = words.replace("-", " ").partition(" ")
         key = key_of(words) or (None if first.lower() in _NOT_TRAINING else key_of(last or first))
         if key is not None and key not in found:
             found[key] = float(number) / (100 if percent else 1)
-    return found
+    return found, tuple(words.lower() for words, _, _ in pairs)
 
 
 def _is_table(lines: list[tuple[int, str]]) -> bool:
@@ -141,19 +158,74 @@ def _is_table(lines: list[tuple[int, str]]) -> bool:
     return all("loss" not in _pairs(line) for _, line in lines)
 
 
-def _from_words(lines: list[tuple[int, str]]) -> tuple[list[Row], list[str]]:
+@dataclass
+class _Said:
+    """A line of words with figures."""
+
+    number: int
+    found: Row
+    names: tuple[str, ...]
+    """What stands before its figures: lines that a program prints again and again have the same."""
+
+
+def _from_words(name: str, lines: list[tuple[int, str]]) -> tuple[list[Row], list[str], list[int]]:
+    """Records, what was left out, and the lines on which the records stand.
+
+    What is code is never read. What prose says once is no record either, as it names its figures in other words than
+    the program does again and again; where there is a script as well, or where only some losses have an epoch or step,
+    it says nothing of any other figure.
+    """
+    kinds = {number: code_lines.kind(line) for number, line in lines}
+    script = "statement" in kinds.values()
+    none = ("statement", "call", "assignment") if script else ("call",)
+    code = [number for number, kind in kinds.items() if kind in none]
+    told = [_Said(number, *_named(line)) for number, line in lines if kinds[number] not in none]
+    silent = sum(not said.found for said in told)
+    told = [said for said in told if said.found]
+    often = Counter(said.names for said in told)
+    usual, times = next(iter(Counter(said.names for said in told if "loss" in said.found).most_common(1)), ((), 0))
+    if script and times < 2:
+        raise UserError(
+            f"{name}: no lines of a log were found (line {code[0]} is read as code); give the lines of the log alone"
+        )
+    mixed = script or _disagree(told)
+    once = [
+        said.number
+        for said in told
+        if times > 1 and often[said.names] == 1 and not {*usual} <= {*said.names} and (mixed or "loss" in said.found)
+    ]
+    left_out = [f"{silent} lines without figures"] if silent else []
+    left_out += [f"{_lines(code)}, as code"] if code else []
+    left_out += [f"{_lines(once)}, said once only"] if once else []
+    dropped = set(once)
+    rows, places = _joined([said for said in told if said.number not in dropped])
+    return rows, left_out, places
+
+
+def _joined(told: list[_Said]) -> tuple[list[Row], list[int]]:
     """A line that has no loss belongs to the one with a loss before it, if it says something new."""
     rows: list[Row] = []
-    silent = 0
-    for _, line in lines:
-        found = _pairs(line)
-        if "loss" in found or not rows:
-            if found:
-                rows.append(found)
-        elif found.keys() - rows[-1].keys():
-            rows[-1] = {**found, **rows[-1]}
-        silent += not found
-    return [row for row in rows if "loss" in row], [f"{silent} lines without figures"] if silent else []
+    places: list[int] = []
+    for said in told:
+        if "loss" in said.found or not rows:
+            rows.append(said.found)
+            places.append(said.number)
+        elif said.found.keys() - rows[-1].keys():
+            rows[-1] = {**said.found, **rows[-1]}
+    kept = [number for number, row in enumerate(rows) if "loss" in row]
+    return [rows[number] for number in kept], [places[number] for number in kept]
+
+
+def _disagree(told: list[_Said]) -> bool:
+    """Whether some lines with a loss name an epoch or step, and others do not."""
+    losses = [said.found for said in told if "loss" in said.found]
+    return any(0 < sum(key in found for found in losses) < len(losses) for key in ("epoch", "step"))
+
+
+def _lines(numbers: list[int], most: int = 6) -> str:
+    """`line 4`, `lines 3, 4, 8 and 20 more`."""
+    more = f" and {len(numbers) - most} more" if len(numbers) > most else ""
+    return f"line{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers[:most]))}{more}"
 
 
 # ---------------------------------------------------------------- JSON lines

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +13,6 @@ from torch.optim import Optimizer
 from sslkit.batch import Branches
 from sslkit.facts import ends_normalised, map_facts, normalisation_facts, shared_images, unoptimised, view_difference
 from sslkit.foreign.taps import Networks
-from sslkit.rules import Trajectory
 
 LOOKED_AT = 64
 """Images of the first batch whose views are compared."""
@@ -83,8 +81,11 @@ def of_labelled(labelled: Sequence[Tensor] | None) -> dict[str, Any]:
     """Whether quality will be measured, and on images that training does not see."""
     if labelled is None:
         return {"quality": ()}
-    facts: dict[str, Any] = {"labelled": True, "quality": ("knn_top1",)}
-    train, test = labelled[0], labelled[2]
+    train, train_labels, test, test_labels = labelled
+    facts: dict[str, Any] = {
+        "labelled": True, "quality": ("knn_top1",),
+        "classes": len(train_labels.unique()), "test_classes": len(test_labels.unique()),
+    }  # fmt: skip
     if train.numel() * train.element_size() <= COMPARED and train.shape[1:] == test.shape[1:]:
         facts["shared_images"] = shared_images(Pictures(train), Pictures(test))
     return facts
@@ -138,7 +139,8 @@ LOSS_PRECISION = {torch.float32: "fp32", torch.float64: "fp32", torch.float16: "
 
 @torch.no_grad()
 def of_loss(branches: Branches, loss: float, *, exact: bool) -> dict[str, Any]:
-    """What the loss is, if it is one of BYOL's or SimSiam's: found by computing these from what the loop computed.
+    """What the loss is, if it is one of BYOL's or SimSiam's, or BYOL's without its normalisation: found by computing
+    these from what the loop computed.
 
     Args:
         branches: the outputs that the loss was of.
@@ -146,66 +148,47 @@ def of_loss(branches: Branches, loss: float, *, exact: bool) -> dict[str, Any]:
         exact: whether the outputs are float32, so that the figures have to agree closely.
     """
     targets = branches.targets if any(t is not None for t in branches.targets) else branches.projections
-    cosines = [
-        float(F.cosine_similarity(p.float(), t.float(), dim=1).mean())
+    pairs = [
+        (p.float(), t.float())
         for v, p in enumerate(branches.predictions)
         for w, t in enumerate(targets)
         if v != w and p is not None and t is not None and p.shape == t.shape
     ]
-    if not cosines or abs(loss) < 1e-3:
+    if not pairs or abs(loss) < 1e-3:
         return {}
-    count, total = len(cosines), sum(cosines)
+    count, total = len(pairs), float(sum(F.cosine_similarity(p, t, dim=1).mean() for p, t in pairs))
     # Each form as slope and offset of the sum of 2 - 2 cos over ordered pairs: the sum, its mean, and cosines alone.
     forms = [(1.0, 0.0), (1 / count, 0.0), (0.5 / count, 0.0), (0.5 / count, -1.0), (0.5, -float(count))]
     allowed = (1e-3 if exact else 2e-2) * abs(loss) + 1e-6
+    known = {
+        "prevents_collapse": False, "wants_predictions": True,
+        "target": "online" if targets is branches.projections else "copy",
+    }  # fmt: skip
     for slope, offset in forms:
         if abs(slope * (2 * count - 2 * total) + offset - loss) <= allowed:
-            return {
-                "prevents_collapse": False, "wants_predictions": True, "byol_scale": slope,
-                "target": "online" if targets is branches.projections else "copy",
-            }  # fmt: skip
+            return known | {"byol_scale": slope}
+    squares = float(sum((p - t).square().sum(1).mean() for p, t in pairs))
+    shares = (1, count, pairs[0][0].shape[1], count * pairs[0][0].shape[1])  # sums or means over pairs and dimensions
+    unit = all(bool(((v.norm(dim=1) - 1).abs() < 1e-2).all()) for pair in pairs for v in pair)
+    if exact and not unit and any(abs(squares / share - loss) <= allowed for share in shares):
+        return known | {"scale_sensitive": True}
     return {}
 
 
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
 def _processes() -> int:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return torch.distributed.get_world_size() if distributed else 1
+    return torch.distributed.get_world_size() if _distributed() else 1
+
+
+def rank() -> int:
+    """The number of this process among those that train together; 0 where there is one."""
+    return torch.distributed.get_rank() if _distributed() else 0
 
 
 # ---------------------------------------------------------------- over steps
-
-
-class Followed:
-    """A number that may be another one at each step; only its changes are kept."""
-
-    def __init__(self) -> None:
-        self.steps = array("q")
-        self.values = array("d")
-
-    def note(self, step: int, value: float) -> None:
-        """The value that the update after `step` used."""
-        if not self.values or value != self.values[-1]:
-            self.steps.append(step)
-            self.values.append(value)
-
-    @property
-    def constant(self) -> bool:
-        """Whether it has been the same at every step so far."""
-        return len(self.values) == 1
-
-    def trajectory(self, steps: int) -> Trajectory:
-        """All of it, up to a step."""
-        at = 0
-
-        def value(step: int) -> float:
-            nonlocal at
-            if self.steps[at] > step:
-                at = 0
-            while at + 1 < len(self.steps) and self.steps[at + 1] <= step:
-                at += 1
-            return self.values[at]
-
-        return Trajectory.of(value, steps)
 
 
 class Movement:

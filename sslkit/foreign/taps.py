@@ -6,6 +6,7 @@ number is drawn, and nothing waits for the device.
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections import deque
@@ -172,8 +173,10 @@ class Taps:
 
     def __init__(self, networks: Networks, views: int, *, together: bool) -> None:
         self.views, self.together = views, together
-        self.passes = 0
-        """Passes through the online network since the last `take`."""
+        self._passes = 0
+        """Passes through the online network since the last `take` that the next step of the optimizer is made of."""
+        self._trained = [p for module in networks.online.values() for p in module.parameters()]
+        self._begun = False
         self.precision = "fp32"
         """What the online network computed in."""
         self._seen: dict[str, deque[tuple[Tensor, Tensor]]] = {}
@@ -197,7 +200,9 @@ class Taps:
             if seen is None or made is None:
                 return
             if counts:
-                self.passes += 1
+                if self._passes and self._passes % self._each == 0 and not self._begun and self._is_thrown_away():
+                    self._passes = 0
+                self._passes += 1
                 kind = seen.device.type
                 computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else made.dtype
                 self.precision = _SHORT.get(computed, "fp32")
@@ -206,6 +211,26 @@ class Taps:
         # What was compiled would otherwise take the hook into its graph. (Asking for the compiler takes seconds.)
         heard: Callable[..., None] = torch.compiler.disable(hear) if "torch._dynamo" in sys.modules else hear
         self._hooks.append(module.register_forward_hook(heard, with_kwargs=True))
+
+    @property
+    def _each(self) -> int:
+        """Passes of a micro-batch."""
+        return 1 if self.together else self.views
+
+    @property
+    def micro_batches(self) -> int:
+        """How many the next step of the optimizer is made of. Known exactly before the first `take`."""
+        return max(1, self._passes // self._each)
+
+    @torch.no_grad()
+    def _is_thrown_away(self) -> bool:
+        """Whether nothing of the passes so far will be in the next step: there are no gradients of them, or none that
+        are finite, at which a GradScaler skips the step, as it commonly does at first. Waits for the device."""
+        gradients = [p.grad for p in self._trained if p.grad is not None]
+        if not gradients:
+            return True
+        largest = [float(norm) for norm in torch._foreach_norm(gradients, torch.inf)]
+        return not any(largest) or not all(map(math.isfinite, largest))
 
     def remove(self) -> None:
         """Take the hooks away."""
@@ -216,7 +241,7 @@ class Taps:
     def take(self) -> Branches | None:
         """What was heard of the newest views since the last call; None if nothing was. Then all is forgotten."""
         heard = {name: self._parts(name) for name in self._seen}
-        self.passes = 0
+        self._passes, self._begun = 0, True
         for kept in self._seen.values():
             kept.clear()
         entry = heard.get("online.backbone") or heard.get("online.projector")

@@ -17,7 +17,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -31,9 +30,10 @@ from sslkit.batch import Branches
 from sslkit.doctor import Examination
 from sslkit.errors import UserError
 from sslkit.foreign import loop_facts
-from sslkit.foreign.journal import Journal, Metric
+from sslkit.foreign.followed import Followed
+from sslkit.foreign.journal import Journal, Metric, aside, detached
 from sslkit.foreign.labelled import Labelled
-from sslkit.foreign.loop_facts import Followed, Movement
+from sslkit.foreign.loop_facts import Movement
 from sslkit.foreign.taps import Networks, Part, Taps, find
 from sslkit.panel import Panel, gradient_norms
 from sslkit.rules import Facts, Severity, Trajectory
@@ -66,6 +66,9 @@ def watch(
     say: Callable[[str], None] | None = None,
 ) -> Watch:
     """Watch a training loop. Call it once, after networks and optimizer were made.
+
+    Of processes that train together, in `torch.distributed`, the first measures, writes and speaks; the others call it
+    likewise, and there it does nothing.
 
     Args:
         online: The network that is trained, also inside `torch.compile` or DistributedDataParallel; or a dict of its
@@ -100,8 +103,11 @@ def watch(
         raise UserError(
             "labelled: kNN needs the backbone, and no part of the network is called like one; name it: backbone='...'"
         )
+    speaks = loop_facts.rank() == 0
+    if not speaks:
+        networks, labelled, directory = Networks(), None, None
     optimizers = (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer or ())
-    say = say or _say
+    say = say or aside
     clean = None if labelled is None else Labelled(labelled, transform, k, say)
     total = epochs * steps_per_epoch if epochs and steps_per_epoch else None
     facts = Facts(
@@ -110,7 +116,7 @@ def watch(
         **loop_facts.of_networks(networks), **loop_facts.of_optimizers(networks, optimizers),
         **loop_facts.of_labelled(labelled),
     )  # fmt: skip
-    journal = Journal(facts, say, stop_on, None if directory is None else Path(directory))
+    journal = Journal(facts, say, stop_on if speaks else None, Path(directory) if directory else None, speaks=speaks)
     return Watch(networks, optimizers, Taps(networks, views, together=together), journal, clean, tau, every)
 
 
@@ -142,6 +148,8 @@ class Watch:
         self._gradients: dict[str, Tensor] = {}
         self._pending = 0
         """Steps of the optimizer since the last call of `step`."""
+        self._micro_batches = 0
+        """How many the optimizer's first step was made of."""
         self._recorded_at = 0
         self._unheard = False
         self._closed = False
@@ -198,18 +206,18 @@ class Watch:
         """
         if self._closed or (self._handles and not self._pending):
             return
-        micro_batches = max(1, self._taps.passes // (1 if self._taps.together else self._taps.views))
         before = self.steps
         self._journal.step, self._pending = before + max(1, self._pending), 0
+        micro_batches = self._micro_batches or self._taps.micro_batches
         branches = self._taps.take()
         if branches is not None:
             self._panel.step(branches)
             self._branches = branches
         if tau is None and self._tau is not None:
             tau = self._tau(before)
-        self._newest = {key: _detached(value) for key, value in metrics.items()}
+        self._newest = {key: detached(value) for key, value in metrics.items()}
         if loss is not None:
-            self._newest["loss"] = _detached(loss)
+            self._newest["loss"] = detached(loss)
         if tau is not None:
             self._newest["tau"] = float(tau)
             self._taus.note(before, float(tau))
@@ -237,14 +245,17 @@ class Watch:
             self._learn_schedules(whole=self._journal.finished)
             if self._journal.finished:
                 self._journal.status("done")
-        return self.examination().text()
+        return self._journal.verdict(self._networks.said)
 
     def examination(self) -> Examination:
         """All that was found so far, for a program."""
         return self._journal.examination(self._networks.said)
 
     def close(self, status: str | None = None) -> None:
-        """Let go of networks and files, and say the verdict. Called twice, it does nothing the second time."""
+        """Let go of networks and files, and say the verdict, unless `verdict` gave it and nothing came after.
+
+        Called twice, it does nothing the second time.
+        """
         if self._closed:
             return
         self._flush()
@@ -256,10 +267,7 @@ class Watch:
         for handle in self._handles:
             handle.remove()
         self._journal.status(status)
-        self._journal.say(self.examination().text())
-        if self.directory is not None:
-            self._journal.say(f"all of it: sslkit doctor {self.directory}")
-        self._journal.close()
+        self._journal.close(self._networks.said)
 
     def __enter__(self) -> Watch:
         return self
@@ -283,6 +291,7 @@ class Watch:
                 self._gradients = self._norms()
 
     def _after_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._micro_batches = self._micro_batches or self._taps.micro_batches
         self._pending += 1
         if _closure(args, kwargs) and self._is_recorded(self.steps, self.steps + 1):
             self._gradients = self._norms()
@@ -361,7 +370,7 @@ class Watch:
         if isinstance(loss, Tensor):
             found["loss_precision"] = loop_facts.LOSS_PRECISION.get(loss.dtype)
         if loss is not None:
-            found |= loop_facts.of_loss(branches, float(_detached(loss)), exact=precision == "fp32")
+            found |= loop_facts.of_loss(branches, float(detached(loss)), exact=precision == "fp32")
         self._journal.learn(found)
 
     def _look_at_target(self) -> None:
@@ -386,14 +395,6 @@ class Watch:
         self._journal.learn({"lr": rates or None, "tau": tau})
 
 
-def _say(text: str) -> None:
-    print(text if text.startswith("sslkit") else f"sslkit: {text}", file=sys.stderr)
-
-
 def _closure(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Whether an optimizer is to make its gradients itself."""
     return any(callable(given) for given in (*args, *kwargs.values()))
-
-
-def _detached(value: Metric) -> Metric:
-    return value.detach().mean() if isinstance(value, Tensor) else float(value)

@@ -184,9 +184,8 @@ def _verdict(run: Run, examined: Examination | str) -> list[str]:
         f"<span><strong>{escape(said[:1].upper() + said[1:])}</strong>",
         f"<small>{', '.join(counts) or 'Nothing found'}</small></span></p></section>",
         *(['<section class="findings">', *grave, "</section>"] if grave else []),
-        *([f"<details><summary>Notes ({len(notes)})</summary><div class=\"findings\">", *notes, "</div></details>"]
-          if notes else []),
-    ]  # fmt: skip
+        *(['<details><summary>Notes</summary><div class="findings">', *notes, "</div></details>"] if notes else []),
+    ]
 
 
 def _finding(run: Run, name: str, finding: Finding, ids: Mapping[str, str]) -> str:
