@@ -4,6 +4,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# A file's tests stay in one process, since they share fixtures; every process imports torch, so there are not too many.
+PARALLEL := -n logical --maxprocesses 8 --dist loadfile
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -24,10 +26,10 @@ quickstart: install
 	$(BIN)/sslkit train quickstart
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
-slow: install $(VENV)/installed-docs
-	$(BIN)/python -m pytest -m slow
+slow: install $(VENV)/installed-docs $(VENV)/installed-lint $(VENV)/installed-notebook
+	$(BIN)/python -m pytest -m slow $(PARALLEL)
 
 lint: $(VENV)/installed-lint
 	$(BIN)/ruff check .

@@ -39,7 +39,7 @@ from sslkit.facts import gather
 from sslkit.recipe import read_recipe
 from sslkit.rules import RANKS, Course, Finding
 from sslkit.run_directory import RunDirectory, environment
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "doctor.json"

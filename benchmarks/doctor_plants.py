@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sslkit.batch import Branches, LossTerms
 from sslkit.batch_norm import is_normalisation
 from sslkit.events import observes
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 
 Plant = Callable[[Trainer], None]
 

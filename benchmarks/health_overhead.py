@@ -33,7 +33,7 @@ from sslkit.events import Hooks
 from sslkit.recipe import Train, read_recipe
 from sslkit.registry import load
 from sslkit.run_directory import RunDirectory
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 
 WATCHING = ("health", "knn", "probe")
 LOG_EVERY = Train.model_fields["log_every"].default

@@ -29,7 +29,7 @@ from sslkit.build import build, choose_device
 from sslkit.data import Draw
 from sslkit.recipe import read_recipe
 from sslkit.run_directory import RunDirectory
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 
 BATCH = 256
 

@@ -7,7 +7,7 @@ author = "The sslkit authors"
 copyright = author
 
 extensions = ["myst_parser"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["_build", "examples"]
 root_doc = "index"
 nitpicky = True
 

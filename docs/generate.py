@@ -18,7 +18,23 @@ from typing import Any
 import click
 from pydantic import BaseModel
 
-from sslkit import api, batch, contracts, describe, diff, doctor, events, nn, registry, rules
+from sslkit import (
+    api,
+    batch,
+    contracts,
+    describe,
+    diff,
+    doctor,
+    encoder,
+    events,
+    nn,
+    registry,
+    result,
+    rules,
+    schema,
+    scripting,
+)
+from sslkit import recipe as recipe_module
 from sslkit.cli import main
 from sslkit.recipe import DEFAULT_OBSERVERS, Recipe, Train
 
@@ -37,6 +53,7 @@ def pages() -> dict[str, str]:
         "reference/components.md": components_page,
         "reference/recipe.md": recipe_page,
         "reference/api.md": api_page,
+        "reference/python.md": python_page,
         "reference/rules.md": rules_page,
         "reference/methods.md": lambda: methods_page(table),
     }
@@ -66,13 +83,37 @@ def paragraphs(doc: str | None) -> str:
             body = inspect.cleandoc("\n" + match[1])
             items = re.split(r"\n(?=\S)", body)
             listed = "\n".join("- " + _item(" ".join(item.split())) for item in items)
-            text = f"{text[: match.start()]}{section}:\n\n{listed}\n{text[match.end() :]}"
+            text = f"{text[: match.start()]}{section}:\n\n{listed}\n\n{text[match.end() :]}"
     return text.strip()
 
 
 def _item(text: str) -> str:
     name, colon, rest = text.partition(": ")
     return f"`{name}`: {rest}" if colon and re.fullmatch(r"[\w.]+", name) else text
+
+
+ASKED = {
+    "shapes": "Shapes",
+    "dtype": "Dtypes",
+    "device": "Device",
+    "autocast": "Autocast",
+    "processes": "Several processes",
+    "state": "State",
+    "randomness": "Randomness",
+    "called": "When it is called",
+}
+"""What the contract of every kind says, in this order."""
+
+
+def contract(doc: str | None) -> tuple[str, str]:
+    """A docstring without its section `Contract:`, and that section as a table; empty where there is none."""
+    text, found, section = inspect.cleandoc(doc or "").partition("\nContract:\n")
+    if not found:
+        return text, ""
+    items = dict(item.split(": ", 1) for item in re.split(r"\n(?=\S)", inspect.cleandoc("\n" + section)))
+    if list(items) != list(ASKED):
+        raise ValueError(f"a contract has {list(ASKED)}, not {list(items)}")
+    return text.strip(), table(("", "Contract"), [(ASKED[name], one_line(words)) for name, words in items.items()])
 
 
 def one_line(text: str) -> str:
@@ -107,6 +148,7 @@ def cli_page() -> list[str]:
             ],
         ),
         "Errors go to stderr, one line each, and say what was wrong, where, and what to do.",
+        "`--no-plugin DIST` may stand before any command, too.",
     ]
     for name, command in sorted(main.commands.items()):
         usage = " ".join(command.collect_usage_pieces(click.Context(command, info_name=name, parent=context)))
@@ -117,6 +159,9 @@ def cli_page() -> list[str]:
     parts += ["## Environment", table(("Variable", "Meaning"), [
         ("`SSLKIT_DATA`", "Folder for data sets and for what is remembered about them; by default `~/.cache/sslkit`. "
                           "CIFAR-10 lies in its subfolder `cifar10`."),
+        ("`SSLKIT_PLUGINS`", "The distributions whose components may be used besides sslkit's own, separated by "
+                             "commas. Unset means all that are installed, empty none."),
+        ("`SSLKIT_NO_PLUGIN`", "Distributions to leave out, separated by commas, as `--no-plugin` does."),
     ])]  # fmt: skip
     return parts
 
@@ -258,6 +303,7 @@ def recipe_page() -> list[str]:
                                     "it switches one off."),
                 ("`predictor = false`", "Takes the base's predictor away. Places that have to be filled, and single "
                                         "options, cannot be emptied."),
+                ("`requires`", "Is added to what the base requires."),
                 ("`name`", "The overlay's own. Without one it has the name of its file, not that of the base."),
             ],
         ),
@@ -281,6 +327,9 @@ def recipe_page() -> list[str]:
             ],
         ),
         "A changed `use` is applied before the other overrides, whatever their order.",
+        "## Parts from other packages, and from files",
+        "`requires` lists packages that have to be installed, and `use = \"./my_head.py:WideHead\"` names a class in a "
+        "file; [Use plugins](../how-to/use-plugins.md) has both.",
         "## The same recipe, spelt out",
         "A run writes `recipe.lock.toml` into [its directory](run-directory.md): the recipe with every option spelt "
         "out and overrides applied, and `train.compile` as it was chosen where the recipe says `auto`. It is a recipe "
@@ -313,11 +362,13 @@ def api_page() -> list[str]:
         "# Contracts",
         "All that an author imports is in `sslkit.api`, and for observers in `sslkit.events`. A component is a class "
         "whose fields are the options a recipe may set, and whose `build` makes the live object; "
-        "[Write a loss](../how-to/write-a-loss.md) walks through one. `torch` is imported inside `build`, not at the "
-        "top of the module, so that looking around stays fast.",
-        "Shapes: B images of a batch, V views, C channels, d dimensions.",
+        "each kind has a page that walks through one. `torch` is imported inside `build`, not at the top of the "
+        "module, so that looking around stays fast.",
+        "The contract of each kind is a table of the same eight rows. Shapes: B images of a batch, V views, C "
+        "channels, d dimensions. A run is one process as yet; what a contract says of several is what a component has "
+        "to be ready for, and `sslkit check-plugin` tries it with two.",
         f"The contracts have the number {api.API_VERSION} (`sslkit.api.API_VERSION`), which is raised when a plugin "
-        "written for the old one would no longer work.",
+        "written for the old one would no longer work; see [Versions of plugins](../explanation/plugin-versions.md).",
     ]
     for kind in registry.KINDS:
         parts += _kind(kind)
@@ -365,6 +416,60 @@ def api_page() -> list[str]:
     return parts
 
 
+# ---------------------------------------------------------------- Python
+
+
+def python_page() -> list[str]:
+    """What `import sslkit` offers to scripts and notebooks."""
+    return [
+        "# Python",
+        "What `import sslkit` offers to scripts and notebooks: the command line's work as functions, with the same "
+        "engine behind them. [Use sslkit from Python](../how-to/use-from-python.md) walks through it. Everything is "
+        "typed (`py.typed`), and `import sslkit` alone imports neither torch nor pydantic.",
+        "Errors are `sslkit.UserError`, what the user can mend, and `sslkit.RunFailed`, a run that began and could not "
+        "go on. Both are `sslkit.SslkitError`, whose `lines` are what the command line prints. A wrong option of a "
+        "component or a recipe that is written in Python is a `pydantic.ValidationError`.",
+        *_function(scripting, "load_recipe"),
+        "## sslkit.Recipe",
+        f"{_docstring(recipe_module, 'Recipe')} Its fields are the tables of [a recipe](recipe.md), its values the "
+        "classes that [Components](components.md) lists with their options, and `train` is a `sslkit.Train`.",
+        *_methods(recipe_module, "Recipe", ("replace", "to_toml", "hash")),
+        *_function(scripting, "train"),
+        "## Result",
+        _docstring(result, "Result"),
+        *_members(result, "Result", 3)[:1],
+        *_described(result, "Metrics", 2),
+        *_function(scripting, "examine"),
+        *_function(encoder, "load_encoder"),
+        "## ImageEncoder",
+        _docstring(encoder, "ImageEncoder"),
+        *_members(encoder, "ImageEncoder", 3)[:1],
+        *_methods(encoder, "ImageEncoder", ("forward", "features")),
+        "## sslkit.watch",
+        "The same measurements in a training loop of your own: [Watch your own "
+        "loop](../how-to/watch-your-own-loop.md).",
+    ]
+
+
+def _docstring(module: ModuleType, name: str) -> str:
+    return paragraphs(ast.get_docstring(_class(module, name)))
+
+
+def _function(module: ModuleType, name: str) -> list[str]:
+    found = next(n for n in _tree(module).body if isinstance(n, ast.FunctionDef) and n.name == name)
+    return [f"## sslkit.{name}", code(_signature(found)), paragraphs(ast.get_docstring(found))]
+
+
+def _methods(module: ModuleType, name: str, wanted: Sequence[str]) -> list[str]:
+    """Some methods of a class, one after another."""
+    found = {n.name: n for n in _class(module, name).body if isinstance(n, ast.FunctionDef)}
+    listed = [
+        f"- {code(_signature(found[method]))}" + _indented(paragraphs(ast.get_docstring(found[method])))
+        for method in wanted
+    ]
+    return ["\n".join(listed)]
+
+
 def _pieces() -> list[str]:
     """The public functions and modules of `sslkit.nn`."""
     parts = []
@@ -382,8 +487,12 @@ def _kind(kind: str) -> list[str]:
     spec = api.KIND_CLASSES[kind].__name__
     node = _class(api, spec)
     build = next(n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "build")
-    parts = [f"## {kind}", f"Class `sslkit.api.{spec}`. {paragraphs(ast.get_docstring(node))}"]
-    parts += [code(_signature(build)), paragraphs(ast.get_docstring(build))]
+    text, asked = contract(ast.get_docstring(build))
+    live = [contract(ast.get_docstring(_class(contracts, name)))[1] for name in LIVE.get(kind, ())]
+    (asked,) = filter(None, [asked, *live])
+    page = f"../how-to/write-a{'n' * (kind[0] in 'aeiou')}-{kind.replace('_', '-')}.md"
+    parts = [f"## {kind}", f"Class `sslkit.api.{spec}`. {paragraphs(ast.get_docstring(node))} [Write one]({page})."]
+    parts += [code(_signature(build)), paragraphs(text), asked]
     if rows := option_rows(api.KIND_CLASSES[kind]):
         parts += [f"Every {kind} has these options:", table(("Option", "Type", "Default", "Meaning"), rows)]
     for name in LIVE.get(kind, ()):
@@ -394,7 +503,7 @@ def _kind(kind: str) -> list[str]:
 def _described(module: ModuleType, name: str, level: int) -> list[str]:
     return [
         f"{'#' * level} {name}",
-        paragraphs(ast.get_docstring(_class(module, name))),
+        paragraphs(contract(ast.get_docstring(_class(module, name)))[0]),
         *_members(module, name, level + 1),
     ]
 
@@ -422,7 +531,7 @@ def _indented(text: str) -> str:
 
 
 def _is_property(item: ast.FunctionDef) -> bool:
-    return any(isinstance(d, ast.Name) and d.id == "property" for d in item.decorator_list)
+    return any(isinstance(d, ast.Name) and d.id in ("property", "cached_property") for d in item.decorator_list)
 
 
 def _signature(function: ast.FunctionDef) -> str:
@@ -450,7 +559,20 @@ def _assigned_docs(node: ast.Module | ast.ClassDef) -> dict[str, str]:
     return found
 
 
+SCHEMA = HERE.parent / "recipes" / "sslkit.schema.json"
+"""What the recipes that come with sslkit name at their heads."""
+
+
+def shipped_schema() -> str:
+    """The schema of recipes with sslkit's own components, whatever else is installed."""
+    made, left_out = schema.recipe_schema("sslkit")
+    assert not left_out, left_out
+    return schema.as_text(made)
+
+
 if __name__ == "__main__":
     for page, text in pages().items():
         (HERE / page).write_text(text, encoding="utf-8")
         print(f"docs/{page}")
+    SCHEMA.write_text(shipped_schema(), encoding="utf-8")
+    print(f"recipes/{SCHEMA.name}")

@@ -2,16 +2,45 @@
 
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sslkit.doctor import Examination
+    from sslkit.encoder import ImageEncoder, load_encoder
+    from sslkit.errors import RunFailed, SslkitError, UserError
+    from sslkit.foreign.watching import watch
+    from sslkit.recipe import Recipe, Train
+    from sslkit.result import Metrics, Result
+    from sslkit.scripting import examine, load_recipe, train
+
+__all__ = [
+    "Examination", "ImageEncoder", "Metrics", "Recipe", "Result", "RunFailed", "SslkitError", "Train", "UserError",
+    "__version__", "examine", "load_encoder", "load_recipe", "train", "watch",
+]  # fmt: skip
 
 try:
     __version__ = version("sslkit")
 except PackageNotFoundError:  # a checkout that was never installed
     __version__ = "0.0.0"
 
+_HOMES = {
+    "doctor": ("Examination",),
+    "encoder": ("ImageEncoder", "load_encoder"),
+    "errors": ("RunFailed", "SslkitError", "UserError"),
+    "foreign.watching": ("watch",),
+    "recipe": ("Recipe", "Train"),
+    "result": ("Metrics", "Result"),
+    "scripting": ("examine", "load_recipe", "train"),
+}
+"""Where what other programs use is; it is imported when it is asked for, since some of it brings torch."""
+
 
 def __getattr__(name: str) -> Any:
-    # The one thing that other programs call; it brings torch, which the command line's help does without.
-    if name == "watch":
-        return import_module("sslkit.foreign.watching").watch
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"sslkit.{module}"), name)
     raise AttributeError(f"module 'sslkit' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -40,6 +40,7 @@ from sslkit.contracts import (
     ViewMaker,
 )
 from sslkit.errors import UserError
+from sslkit.installed import API_VERSION
 
 if TYPE_CHECKING:
     import torch
@@ -51,10 +52,6 @@ __all__ = [
     "Optimizer", "ParamGroup", "RunInfo", "Schedule", "Scheduled", "TargetModule", "TargetUpdater", "Value",
     "ViewGenerator", "ViewMaker", "ViewSpec", "slot", "value_of",
 ]  # fmt: skip
-
-API_VERSION = 1
-"""Raised when a plugin written for the old number would no longer work."""
-
 
 # ---------------------------------------------------------------- components
 
@@ -73,6 +70,12 @@ class Component(BaseModel):
         use_attribute_docstrings=True,
     )
     kind: ClassVar[str] = ""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **_: Any) -> None:
+        for name in ("use", "kind", "build"):
+            if name in cls.model_fields:
+                raise TypeError(f"{cls.__qualname__}: an option cannot be called {name!r}, which means something else")
 
     @model_serializer(mode="wrap")
     def _with_use(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -121,7 +124,19 @@ class Schedule(Component):
     kind: ClassVar[str] = "schedule"
 
     def build(self, run: RunInfo) -> Callable[[int], float]:
-        """`value(step)` for step 0 .. `run.total_steps`. Update s uses the value at s - 1."""
+        """`value(step)` for step 0 .. `run.total_steps`. Update s uses the value at s - 1.
+
+        Contract:
+            shapes: A step, int, -> one finite number.
+            dtype: A Python float, not a tensor.
+            device: The host.
+            autocast: Not concerned.
+            processes: The same value in each process.
+            state: None is saved: the step is all that the value depends on.
+            randomness: None.
+            called: For any step, in any order, more than once: all over the run before training, to refuse what an
+                option does not allow, then before each step.
+        """
         raise NotImplementedError
 
 
@@ -267,6 +282,18 @@ class Optimizer(Component):
 
         An optimizer that sets `_step_supports_amp_scaling` and reads the 0-dim tensor `self.found_inf` as torch's
         fused ones do (1 means: change nothing) never makes the engine wait for the device.
+
+        Contract:
+            shapes: Parameters of any shape, in the groups that `build` was given and in their order.
+            dtype: Parameters and gradients float32. `lr` and `weight_decay` of a group are Python floats.
+            device: Built after the parameters were moved. State goes where they are.
+            autocast: `step` runs outside autocast.
+            processes: Each process takes the same step, from gradients that are equal by then.
+            state: `state_dict()`, in every checkpoint: tensors, numbers, texts, lists and tables of them.
+            randomness: None is needed; torch's default generator is keyed by seed and step.
+            called: `step()` without a closure once for each optimizer step, after clipping. Gradients are None where a
+                parameter took no part. A step that is not finite is left out: `step` is not called, or `found_inf` is
+                1.
         """
         raise NotImplementedError
 
@@ -286,7 +313,20 @@ class Observer(Component):
 
     def build(self, run: RunInfo) -> object:
         """An object with hook implementations of `sslkit.events`; if it has state, also `state_dict` and
-        `load_state_dict`."""
+        `load_state_dict`.
+
+        Contract:
+            shapes: `Branches` as a loss gets them, detached, with all micro-batches joined.
+            dtype: Branches and features float32 or better. A record takes numbers and 0-dim tensors.
+            device: Branches and `run.features` are on the device, the data source's images and labels on the CPU.
+            autocast: Events are outside autocast; `run.features` has the run's precision.
+            processes: The engine runs one.
+            state: What `state_dict` gives, in every checkpoint: tensors, numbers, texts, lists and tables of them.
+            randomness: A generator of its own, keyed by `run.info.seed` and `run.step`. Draws from torch's default one
+                change no step, since the engine keys that anew, and are not repeated by a resumed run.
+            called: By the events below, in the order of the recipe's observers, in the training's own thread: a step
+                waits for them.
+        """
         raise NotImplementedError
 
 

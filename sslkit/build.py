@@ -187,7 +187,7 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> P
     observers: dict[str, object] = {}
     for observer in recipe.observers:
         if observer.enabled:
-            name = _free(registry.name_of(type(observer)), observers)
+            name = _free(registry.short_name(type(observer)), observers)
             observers[name] = _made(observer, lambda observer=observer: observer.build(run))  # type: ignore[misc]
     return Parts(
         recipe, run, device, data, views, model, loss, updater, groups, optimizer, values, observers,
@@ -360,9 +360,10 @@ def _blamed_on(spec: Component) -> Iterator[None]:
         yield
     except SslkitError:
         raise
-    except Exception as error:
-        provider = registry.find(spec.kind, registry.name_of(type(spec)))
+    except (Exception, SystemExit) as error:
+        provider = registry.provider_of(type(spec))
         first = str(error).strip().partition("\n")[0]
+        name = registry.short_name(type(spec))
         raise RunFailed(
-            f"{spec.kind} {provider.name!r} from {provider.origin} failed to build: {type(error).__name__}: {first}"
+            f"{spec.kind} {name!r} from {provider.origin} failed to build: {type(error).__name__}: {first}"
         ) from error

@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,12 @@ def save(folder: Path, step: int, parts: Mapping[str, Any], facts: Mapping[str, 
     return final
 
 
-def load(path: Path) -> Checkpoint:
-    """Read one checkpoint after checking every file against its manifest.
+def load(path: Path, wanted: Collection[str] | None = None) -> Checkpoint:
+    """Read one checkpoint after checking its files against its manifest.
+
+    Args:
+        path: its folder.
+        wanted: the parts to read and check; all of them without it.
 
     Raises:
         RunFailed: something is missing or changed.
@@ -88,6 +92,9 @@ def load(path: Path) -> Checkpoint:
     try:
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
         for name, expected in manifest["files"].items():
+            part = name.removesuffix(".safetensors")
+            if wanted is not None and part != name and part not in wanted:
+                continue
             if Path(name).name != name or _digest(path / name) != expected:
                 raise RunFailed(f"{path}: {name} is not what the manifest says; the file was changed or damaged")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
@@ -96,7 +103,8 @@ def load(path: Path) -> Checkpoint:
                 f"{path}: has checkpoint format {state['schema']}, and this version of sslkit reads {SCHEMA}; go on "
                 "with the version that wrote it"
             )
-        parts = {name: _join(tree, load_file(path / f"{name}.safetensors")) for name, tree in state["parts"].items()}
+        trees = {name: tree for name, tree in state["parts"].items() if wanted is None or name in wanted}
+        parts = {name: _join(tree, load_file(path / f"{name}.safetensors")) for name, tree in trees.items()}
         return Checkpoint(path, int(state["step"]), parts, state["facts"])
     except SslkitError:
         raise
@@ -132,21 +140,26 @@ def newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def prune(folder: Path, keep: int) -> None:
     """Keep the newest `keep` checkpoints and the one with the best `knn_top1`."""
-    paths = listed(folder)
-    best: tuple[float, Path] | None = None
-    for path in paths:
+    kept = best(folder)
+    for path in listed(folder)[:-keep]:
+        if path != kept:
+            doomed = path.with_name(f".old-{path.name}")  # a half-deleted one must not look complete
+            path.rename(doomed)
+            shutil.rmtree(doomed, ignore_errors=True)
+
+
+def best(folder: Path) -> Path | None:
+    """The checkpoint with the highest `knn_top1`, the oldest of equals; None where it was not measured at any."""
+    found: tuple[float, Path] | None = None
+    for path in listed(folder):
         try:
             facts = json.loads((path / "state.json").read_text(encoding="utf-8"))["facts"]
         except (OSError, ValueError, KeyError):
             continue
         knn = facts.get("knn_top1")
-        if isinstance(knn, int | float) and (best is None or knn > best[0]):
-            best = (float(knn), path)
-    for path in paths[:-keep]:
-        if best is None or path != best[1]:
-            doomed = path.with_name(f".old-{path.name}")  # a half-deleted one must not look complete
-            path.rename(doomed)
-            shutil.rmtree(doomed, ignore_errors=True)
+        if isinstance(knn, int | float) and (found is None or knn > found[0]):
+            found = (float(knn), path)
+    return found[1] if found else None
 
 
 def clean(folder: Path) -> None:

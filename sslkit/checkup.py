@@ -10,7 +10,8 @@ from pathlib import Path
 from rich.console import Console
 
 from sslkit import doctor
-from sslkit.launch import located, prepare
+from sslkit.build import choose_device
+from sslkit.preparation import located, prepare
 from sslkit.progress import say
 from sslkit.recipe import read_recipe
 from sslkit.rules import Course
@@ -26,7 +27,7 @@ def check(source: str, overrides: Sequence[str] = (), *, strict: bool = False, a
         UserError: the recipe cannot be built.
     """
     recipe = read_recipe(source, overrides)
-    _, known = prepare(recipe, source, overrides, "auto", partial(say, Console(stderr=True)))
+    _, known = prepare(recipe, source, overrides, choose_device("auto"), partial(say, Console(stderr=True)))
     size = f"{known.total_steps} steps, {known.steps_per_epoch} an epoch"
     found = doctor.examine(Course(known), f"{recipe.name} ({recipe.hash()}), {size}", accepted=known.accepted)
     found = replace(found, findings=tuple(located(found.findings, source, overrides)))

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 import sslkit
+from sslkit import local, registry
 from sslkit.errors import SslkitError
 from sslkit.registry import KINDS, RULE
 
@@ -49,8 +50,11 @@ def _unexpected(error: Exception) -> str:
 
 @click.group(cls=Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
 @click.version_option(sslkit.__version__, prog_name="sslkit")
-def main() -> None:
+@click.option("--no-plugin", multiple=True, metavar="DIST", help="As the commands have it.")
+@click.pass_context
+def main(ctx: click.Context, no_plugin: tuple[str, ...]) -> None:
     """Self-supervised learning of image representations: a method is a recipe of plugins."""
+    ctx.with_resource(registry.without(no_plugin))
 
 
 overriding = click.option(
@@ -59,6 +63,23 @@ overriding = click.option(
     multiple=True,
     metavar="KEY=VALUE",
     help="Change one option, as train.batch_size=64; repeatable.",
+)
+
+# Entered at the root, which is left however the command ends.
+leaving_out = click.option(
+    "--no-plugin",
+    multiple=True,
+    metavar="DIST",
+    expose_value=False,
+    callback=lambda ctx, _, names: ctx.find_root().with_resource(registry.without(names)),
+    help="Leave out all that this installed distribution offers; repeatable.",
+)
+local_code = click.option(
+    "--allow-local-code",
+    is_flag=True,
+    expose_value=False,
+    callback=lambda ctx, _, yes: ctx.find_root().with_resource(local.allowed(yes)),
+    help='Run the code of files that a recipe names, as with use = "./my_head.py:WideHead".',
 )
 
 
@@ -88,6 +109,8 @@ overriding = click.option(
     help="End the run, with a checkpoint, when the doctor finds something as grave as this.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, with a few measured steps; writes no run.")
+@local_code
+@leaving_out
 @click.pass_context
 def train(
     ctx: click.Context,
@@ -129,6 +152,8 @@ def train(
 @overriding
 @click.option("--strict", is_flag=True, help="Exit with 2 where there are warnings, too.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@local_code
+@leaving_out
 @click.pass_context
 def check(ctx: click.Context, recipe: str, overrides: tuple[str, ...], strict: bool, as_json: bool) -> None:
     """Say what is wrong with RECIPE, before it trains.
@@ -162,6 +187,7 @@ def check(ctx: click.Context, recipe: str, overrides: tuple[str, ...], strict: b
 @click.option("--stem", type=click.Choice(["large", "small"]), help="With --csv: 7x7/2 and max-pool, or 3x3/1.")
 @click.option("--labels/--no-labels", default=None, help="With --csv: whether the images have labels.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@leaving_out
 @click.pass_context
 def examine(ctx: click.Context, /, run: str | None, log: str | None, as_json: bool, **known: Any) -> None:
     """Say in words how a run is doing, while it trains or after.
@@ -191,6 +217,8 @@ def examine(ctx: click.Context, /, run: str | None, log: str | None, as_json: bo
 @click.argument("run", type=click.Path())
 @click.option("--out", type=click.Path(), help="The page; overwritten.  [default: report.html in the run's directory]")
 @click.option("--watch", is_flag=True, help="Write it again and again while the run trains; the page reloads itself.")
+@local_code
+@leaving_out
 def report(run: str, out: str | None, watch: bool) -> None:
     """Write RUN's page: verdict, figures, curves, views, neighbours, the recipe and what the run depended on.
 
@@ -206,6 +234,8 @@ def report(run: str, out: str | None, watch: bool) -> None:
 @overriding
 @click.option("-o", "--out", type=click.Path(), default="views.png", show_default=True, help="The picture.")
 @click.option("--images", type=int, default=6, show_default=True, help="How many images.")
+@local_code
+@leaving_out
 def show_views(recipe: str, overrides: tuple[str, ...], out: str, images: int) -> None:
     """Draw a few images and the views that RECIPE makes of them.
 
@@ -215,9 +245,10 @@ def show_views(recipe: str, overrides: tuple[str, ...], out: str, images: int) -
     from sslkit.recipe import read_recipe
 
     read_recipe(recipe, overrides)  # mistakes are told before torch is imported
-    from sslkit import launch, view_grid
+    from sslkit import view_grid
+    from sslkit.preparation import placed
 
-    with launch.placed(recipe, overrides):
+    with placed(recipe, overrides):
         view_grid.show(recipe, overrides, out, images)
 
 
@@ -229,6 +260,7 @@ def show_views(recipe: str, overrides: tuple[str, ...], out: str, images: int) -
     is_flag=True,
     help="Import each one too; exit code 2 if one is broken.",
 )
+@leaving_out
 @click.pass_context
 def list_plugins(ctx: click.Context, kind: str | None, as_json: bool, check: bool) -> None:
     """List every installed component; imports none of them."""
@@ -240,11 +272,55 @@ def list_plugins(ctx: click.Context, kind: str | None, as_json: bool, check: boo
 @main.command()
 @click.argument("component", metavar="KIND.NAME")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@local_code
+@leaving_out
 def describe(component: str, as_json: bool) -> None:
     """Show a component's options: types, defaults, help, and where it comes from."""
     from sslkit.describe import describe_component
 
     describe_component(component, as_json=as_json)
+
+
+@main.command("check-plugin")
+@click.argument("component", metavar="KIND.NAME")
+@click.option(
+    "--set", "overrides", multiple=True, metavar="OPTION=VALUE", help="Give an option, as out_dim=8; repeatable."
+)
+@click.option("--image-size", type=click.IntRange(min=1), default=32, show_default=True, help="Side of the images.")
+@click.option("--channels", type=click.IntRange(min=1), default=3, show_default=True, help="Their channels.")
+@click.option("--fast", is_flag=True, help="Leave out what takes seconds: compiling, and two processes.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@leaving_out
+@click.pass_context
+def check_plugin(ctx: click.Context, /, component: str, overrides: tuple[str, ...], **how: Any) -> None:
+    """Try out whether an installed component does what its kind has to, and say what to change.
+
+    What does not apply to it is not shown. Exit codes: 0 all passed, 1 a check failed, 2 something to mend.
+    """
+    from sslkit.testing.command import check_plugin as run
+
+    ctx.exit(run(component, overrides, **how))
+
+
+@main.command("new-plugin")
+@click.argument("name")
+@click.option("--kind", type=click.Choice(KINDS), required=True, help="What it is.")
+@click.option("--into", type=click.Path(), default=".", show_default=True, help="Folder that NAME/ is made in.")
+def write_plugin(name: str, kind: str, into: str) -> None:
+    """Write NAME/, a package with a component of your own that installs, trains and is tested as it stands."""
+    from sslkit.scaffold import new_plugin
+
+    new_plugin(name, kind, into)
+
+
+@main.command()
+@click.option("-o", "--out", type=click.Path(), help="The file; overwritten.  [default: standard output]")
+@leaving_out
+def schema(out: str | None) -> None:
+    """Write the JSON Schema of recipes, for editors: every installed component with its options, defaults and help."""
+    from sslkit.schema import write_schema
+
+    write_schema(out)
 
 
 @main.command()
@@ -261,6 +337,8 @@ def recipes() -> None:
 @click.argument("a")
 @click.argument("b")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@local_code
+@leaving_out
 def diff(a: str, b: str, as_json: bool) -> None:
     """Show where two recipes differ, component by component.
 
@@ -275,6 +353,8 @@ def diff(a: str, b: str, as_json: bool) -> None:
 @main.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path())
 @click.option("--out", type=click.Path(), default="compare.html", show_default=True, help="The page; overwritten.")
+@local_code
+@leaving_out
 def compare(runs: tuple[str, ...], out: str) -> None:
     """Draw loss, kNN, rank and tau of several runs over each other, as one HTML page.
 
@@ -294,7 +374,7 @@ def copy(name: str, to: str | None) -> None:
     from pathlib import Path
 
     from sslkit.errors import UserError
-    from sslkit.sources import is_path, locate, read, renamed
+    from sslkit.sources import is_path, locate, read, renamed, without_schema
 
     if is_path(name):
         raise UserError(f"{name}: is a path; this copies recipes that come with sslkit, by name (see `sslkit recipes`)")
@@ -302,7 +382,7 @@ def copy(name: str, to: str | None) -> None:
     try:
         with target.open("x", encoding="utf-8") as file:
             # The run directory is named after the recipe: a copy under another name trains in another one.
-            file.write(renamed(read(source), target.stem))
+            file.write(renamed(without_schema(read(source)), target.stem))
     except FileExistsError:
         raise UserError(f"{target}: is there already and was left alone; give another path") from None
     except OSError as error:

@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sslkit import registry
+from sslkit import local, registry
 from sslkit.api import Component
 from sslkit.errors import UserError, did_you_mean
 from sslkit.positions import Path
@@ -27,6 +27,20 @@ def lines(
         found.append((where(path), f"{dotted}: {_problem(mistake, path, tables, top)}"))
     unique = dict.fromkeys(found)
     return [f"{place}: {text}" for place, text in sorted(unique, key=lambda item: _order(item[0]))]
+
+
+def not_installed(tables: dict[str, Any], top: type[BaseModel]) -> list[str]:
+    """The components of a recipe's slots that no installed package offers: `loss 'vicreg'`."""
+    found = []
+    for slot, value in tables.items():
+        model = _inner_model(top, slot) if slot in top.model_fields else None
+        for table in value if isinstance(value, list) else (value,):
+            use = table.get("use") if isinstance(table, dict) else None
+            if model is None or not issubclass(model, Component) or not isinstance(use, str) or local.split(use):
+                continue
+            if use not in registry.names(model.kind):
+                found.append(f"{model.kind} {use!r}")
+    return found
 
 
 def _problem(mistake: Any, path: Path, tables: dict[str, Any], top: type[BaseModel]) -> str:

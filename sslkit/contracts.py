@@ -1,7 +1,8 @@
 """What a component may know of a run, and what the live object that it builds has to do.
 
 The specs that build these objects are in `sslkit.api`, which offers all of this to authors. No torch at import.
-Shapes: B images, V views, C channels, d dimensions.
+Shapes: B images, V views, C channels, d dimensions. What every kind has to keep to stands under `Contract:`, in the
+same eight lines for each; docs/generate.py makes tables of them.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ class DataInfo:
     """What a data source knows: it is built first, and `RunInfo` follows from what it finds."""
 
     seed: int
+    """The recipe's."""
     cache: Path
     """`$SSLKIT_DATA`, else `~/.cache/sslkit`."""
     say: Callable[[str], None] = print
@@ -36,26 +38,36 @@ class RunInfo:
     """The facts of a run that a component may need. Fields are added over time, never removed."""
 
     seed: int
+    """The recipe's; every draw of the run follows from it."""
     device: str
     """`"cpu"` or `"cuda"`."""
     image_size: int
     """Side of the stored images, in pixels."""
     channels: int
+    """Of the stored images: 1 or 3."""
     mean: tuple[float, ...]
     """Mean of the training images per channel, on the scale 0..1."""
     std: tuple[float, ...]
     """Standard deviation of the training images per channel, on the scale 0..1."""
     train_images: int
+    """Number of training images."""
     total_steps: int
     """Optimizer steps of the whole run."""
     steps_per_epoch: int
+    """Optimizer steps of an epoch; images that do not fill a last batch are left out of it."""
     batch_size: int
     """Global: over all processes and micro-batches."""
     world_size: int = 1
+    """Processes that train together; the engine runs one."""
     class_names: tuple[str, ...] | None = None
+    """Names of the classes, by label, where the data source has them."""
     labelled: bool = False
     """Whether the training images have labels."""
     views: tuple[ViewSpec, ...] = ()
+    """What the view generator makes; empty while it is itself being built."""
+    weights_follow: bool = False
+    """Whether a checkpoint's weights take the place of those that a network is built with, so that pretrained ones
+    need not be fetched."""
 
 
 # ---------------------------------------------------------------- data and views
@@ -77,11 +89,26 @@ class Images(Protocol):
 
 
 class ImageSet(Protocol):
-    """What a data source opens: images to train on, perhaps images to test on."""
+    """What a data source opens: images to train on, perhaps images to test on.
+
+    Contract:
+        shapes: Images `[C, H, W]`, all of one size, C being 1 or 3. `read` of n indices gives `[n, C, H, W]`.
+        dtype: Images uint8, as stored: neither scaled nor normalised. Labels int64 from 0 on.
+        device: The CPU. Where `tensor` is small enough the engine keeps a copy on the device.
+        autocast: Not concerned.
+        processes: The same images in the same order in each process, which takes its share of every batch.
+        state: None is saved. `fingerprint` is, and a run is not resumed with another one.
+        randomness: None once it is open. What `build` draws follows from its options or from `info.seed`.
+        called: `build` first of all parts. `read` before each step, ahead of it in a thread of its own where the images
+            do not lie on the device, and at the same time in the main thread to measure features.
+    """
 
     train: Images
+    """What is trained on."""
     test: Images | None
+    """What features are measured on; None where there is none."""
     class_names: tuple[str, ...] | None
+    """By label; None where they are not known."""
     fingerprint: str
     """Changes when the images, their order or the preparation change; a resumed run compares it."""
     bad: Sequence[Mapping[str, str]]
@@ -92,11 +119,26 @@ class ViewMaker(Protocol):
     """Makes V views of every image of a batch, with parameters drawn per sample.
 
     `crop` and `appear` are pure torch on static shapes, on whatever device the images are, so that the engine may
-    compile them. They are separate because images of varying size are cropped one by one in loader workers, while
-    everything that follows is batched.
+    compile them. `crop` is geometry, `appear` everything that follows.
+
+    Contract:
+        shapes: `[B, C, H, W]` -> V crops -> V views, `[B, C, h, w]` with the side that the view's spec says. B is that
+            of a micro-batch, and the shapes are the same at every step.
+        dtype: Images uint8, which are not to be changed in place; crops float32 0..1; views float32, normalised.
+        device: `draw` gives CPU tensors. Everything else is made on the images' device; the engine sends the
+            parameters.
+        autocast: Outside autocast.
+        processes: Parameters are drawn for the whole batch of all processes, and each process takes its rows of them.
+            So a view may depend on its own row alone.
+        state: None is saved.
+        randomness: In `draw` alone and from its generator alone, which is keyed by seed and step: a resumed run has the
+            views that it would have had.
+        called: `draw` once for each step, perhaps ahead of it in another thread; `crop` and `appear` once for each
+            micro-batch, compiled where the recipe says so; `clean` to measure features.
     """
 
     specs: tuple[ViewSpec, ...]
+    """What the views are, in their order."""
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         """Random parameters of n samples: CPU tensors with leading dimension n, and nothing else is random."""
@@ -119,17 +161,52 @@ class ViewMaker(Protocol):
 
 
 class BackboneModule(Protocol):
-    """An `nn.Module`: normalised images float `[B, C, h, w]` -> features `[B, feature_dim]`."""
+    """An `nn.Module`: normalised images float `[B, C, h, w]` -> features `[B, feature_dim]`.
+
+    Contract:
+        shapes: `[B, C, h, w]` -> `[B, feature_dim]`. C is `run.channels`. Sides are those of the views and, in
+            evaluation, of what the view generator's `clean` gives. B is a micro-batch, several views of it with
+            `train.forward = "together"`, or any number in evaluation.
+        dtype: float32 in; any floating dtype out. Losses and observers get float32.
+        device: Built on the CPU and moved, in the memory format channels-last where the recipe says so. A tensor that
+            `forward` makes goes where its input is.
+        autocast: `forward` runs under autocast to bfloat16 where `train.precision` is `"bf16"`; weights stay float32.
+        processes: Each process sees its share of the batch. Every trainable parameter takes part in every step, or
+            DistributedDataParallel waits for it; BatchNorm's statistics are of the own share.
+        state: Parameters and persistent buffers, in every checkpoint. It has to bear `copy.deepcopy`, which target
+            updaters use.
+        randomness: Torch's default generator: keyed by the seed in `build`, by seed and step in `forward`.
+        called: In training mode once for each view that the loss wants, a target's copy without gradient; in eval mode
+            without gradient to measure features, where an image's features depend on that image alone.
+    """
 
     feature_dim: int
+    """Dimension of the features, by which the projector is built."""
 
     def __call__(self, images: Tensor) -> Tensor: ...
 
 
 class HeadModule(Protocol):
-    """An `nn.Module`: `[B, in_dim]` -> `[B, out_dim]`."""
+    """An `nn.Module`: `[B, in_dim]` -> `[B, out_dim]`.
+
+    Contract:
+        shapes: `[B, in_dim]` -> `[B, out_dim]`. `in_dim` is the backbone's `feature_dim` for a projector, the
+            projector's `out_dim` for a predictor. B as for a backbone.
+        dtype: What the part before it gives, which is bfloat16 under autocast; any floating dtype out. Losses and
+            observers get float32.
+        device: Built on the CPU and moved. A tensor that `forward` makes goes where its input is.
+        autocast: `forward` runs under autocast to bfloat16 where `train.precision` is `"bf16"`; weights stay float32.
+        processes: Each process sees its share of the batch. Every trainable parameter takes part in every step, or
+            DistributedDataParallel waits for it; BatchNorm's statistics are of the own share.
+        state: Parameters and persistent buffers, in every checkpoint. A projector has to bear `copy.deepcopy`, which
+            target updaters use.
+        randomness: Torch's default generator: keyed by the seed and the slot in `build`, by seed and step in `forward`.
+        called: In training mode once for each view that the loss wants, a target's projector without gradient; in eval
+            mode where an observer measures projections.
+    """
 
     out_dim: int
+    """Dimension of the output, by which the next part is built."""
 
     def __call__(self, features: Tensor) -> Tensor: ...
 
@@ -137,8 +214,22 @@ class HeadModule(Protocol):
 class LossModule(Protocol):
     """An `nn.Module` that may own parameters and buffers; they are trained and saved with the rest.
 
-    `forward` is pure: queues and centres move in `commit`, once after each optimizer step. It is called outside
-    autocast, with branches in float32.
+    `forward` is pure: queues and centres move in `commit`, once after each optimizer step.
+
+    Contract:
+        shapes: Each list of `Branches` has V entries, `[B, feature_dim]` or `[B, d]`, and None for what `needs` left
+            out. `total` and each term are 0-dim; a term's name is its key in `metrics.jsonl`.
+        dtype: Branches come in float32 or better, whatever the networks computed in, and `total` is so too.
+        device: Built on the CPU and moved. A tensor that `forward` makes goes where the branches are.
+        autocast: `forward` and `commit` run outside autocast.
+        processes: Each process has its share of the batch. A loss that compares images with those of other processes
+            gathers them itself, with their gradient; the engine runs one process and leaves that to be.
+        state: Parameters, which are trained in the group `loss`, and persistent buffers, in every checkpoint. On a GPU
+            `commit` is called after a step that was not finite, too, and buffers are put back as they were: keep what
+            moves in buffers.
+        randomness: Torch's default generator: keyed by the seed in `build`, by seed and step in `forward`.
+        called: `needs` before the first step; `forward` once for each micro-batch; `commit` once for each optimizer
+            step, after the target has moved, without gradient and with all micro-batches joined.
     """
 
     additive: bool
@@ -164,7 +255,23 @@ class LossModule(Protocol):
 
 
 class TargetModule(Protocol):
-    """Makes the target network and moves it. An `nn.Module`, so that state of its own would be saved."""
+    """Makes the target network and moves it. An `nn.Module`, so that state of its own would be saved.
+
+    Contract:
+        shapes: `online` and `target` are backbone and projector together, with equal parameters in equal order.
+        dtype: `tau(step)` is a Python float from 0 to 1. `update` gets it as it is on a CPU, and on a GPU as a 0-dim
+            float64 tensor there. Parameters are float32.
+        device: `make` runs on the CPU, before everything is moved. `update` works where the parameters are, and reads
+            no number from the device.
+        autocast: `update` runs outside autocast; the target's forward inside it, as the online network's.
+        processes: Each process moves its own target, by the same rule from the same weights: nothing is exchanged.
+        state: The target's parameters and persistent buffers, and those of the module itself, in every checkpoint.
+            Counting calls is state too; `step` says it without.
+        randomness: None is needed; torch's default generator is keyed by seed and step.
+        called: `make` once. `tau` for any step, in any order. `update` once after each step of the optimizer, whatever
+            the accumulation, with gradients recorded unless it says `torch.no_grad()`; after a step that was not finite
+            it is called with tau = 1 on a GPU, and not on a CPU.
+    """
 
     source: Literal["copy", "online", "none"]
     """`copy`: a second network. `online`: the online projections under stop-gradient (a second forward would move

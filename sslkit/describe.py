@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
+import sys
+import textwrap
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_origin
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
+import click
 
 from sslkit import registry
 from sslkit.errors import UserError, did_you_mean
@@ -27,13 +29,19 @@ def list_components(kind: str | None, *, as_json: bool, check: bool) -> int:
         The exit code: 2 if something that was checked is broken.
     """
     rows = []
+    offered: dict[str, list[registry.Provider]] = {}
     for provider in registry.providers():
+        offered.setdefault(provider.key, []).append(provider)
+    for provider in registry.everything():
         if provider.kind == registry.RULE if kind is None else provider.kind != kind:
             continue  # rules are at work unasked, and there are many: they are listed on request
         description, problem = registry.described(provider)
-        twins = [p for p in registry.providers() if p.key == provider.key and p is not provider]
-        if twins:
-            problem = f"duplicate: {' and '.join(p.origin for p in twins)} offer the same name"
+        twins = [p for p in offered.get(provider.key, ()) if p is not provider]
+        if provider.disabled:
+            problem = ""
+        elif twins:
+            others = " and by ".join(p.origin for p in twins)
+            problem = f"offered twice, also by {others}; --no-plugin DIST leaves one of them out"
         elif check and not problem:
             try:
                 registry.load(provider.kind, provider.name)
@@ -42,24 +50,39 @@ def list_components(kind: str | None, *, as_json: bool, check: bool) -> int:
         rows.append({
             "kind": provider.kind, "name": provider.name, "distribution": provider.distribution,
             "version": provider.version, "description": description, "problem": problem,
+            "disabled": provider.disabled,
         })  # fmt: skip
+    for line in registry.damaged():
+        print(f"warning: {line}", file=sys.stderr)
     failed = 2 if check and any(row["problem"] for row in rows) else 0
     if as_json:
         print(json.dumps(rows, indent=1))
         return failed
-    table = Table(box=None, pad_edge=False)
-    for header in ("kind", "name", "from", "description"):
-        table.add_column(header, overflow="fold", no_wrap=header != "description")
-    for row in rows:
-        text = Text(row["description"])
-        if row["problem"]:
-            text = Text(f"BROKEN: {row['problem']}", style="red")
-        table.add_row(row["kind"], row["name"], f"{row['distribution']} {row['version']}", text)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 200  # a pipe has no width to respect
-    console.print(table)
+    _print_table(rows)
     return failed
+
+
+def _print_table(rows: Sequence[Mapping[str, str]]) -> None:
+    """Columns by hand: rich takes longer to lay out a few hundred lines than all the rest of `list-plugins`."""
+    lines: list[tuple[str, str, str, str, str | None]] = [("kind", "name", "from", "description", "bold")]
+    for row in rows:
+        text, colour = row["description"], None
+        if row["problem"]:
+            text, colour = f"BROKEN: {row['problem']}", "red"
+        elif row["disabled"]:
+            text, colour = f"DISABLED by {row['disabled']}", "yellow"
+        lines.append((row["kind"], row["name"], f"{row['distribution']} {row['version']}", text, colour))
+    widths = [max(len(line[column]) for line in lines) for column in range(3)]  # type: ignore[arg-type]
+    indent = sum(widths) + len(widths)
+    terminal = sys.stdout.isatty()
+    room = shutil.get_terminal_size().columns - indent if terminal else 0  # a pipe has no width to respect
+    for kind, name, origin, text, colour in lines:
+        folded = textwrap.wrap(text, room) if room >= 20 else [text]
+        head = f"{kind:{widths[0]}} {name:{widths[1]}} {origin:{widths[2]}} "
+        for part in folded or [""]:
+            styled = click.style(part, bold=True) if colour == "bold" else click.style(part, fg=colour)
+            click.echo((head + styled).rstrip() if terminal else (head + part).rstrip())
+            head = " " * indent
 
 
 def describe_component(component: str, *, as_json: bool) -> None:
@@ -89,6 +112,9 @@ def describe_component(component: str, *, as_json: bool) -> None:
             )
         )
         return
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console(highlight=False)
     console.print(f"[bold]{provider.key}[/bold]  from {provider.origin}  ({_file(cls)})", soft_wrap=True)
     console.print(Text(inspect.getdoc(cls) or ""), soft_wrap=True)
@@ -107,6 +133,9 @@ def _describe_rule(provider: registry.Provider, rule: Rule, *, as_json: bool) ->
     if as_json:
         print(json.dumps({**provider.provenance(), **facts}, indent=1))
         return
+    from rich.console import Console
+    from rich.text import Text
+
     console = Console(highlight=False)
     console.print(f"[bold]{provider.key}[/bold]  from {provider.origin}", soft_wrap=True)
     for name, text in facts.items():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -21,7 +20,7 @@ EXIT_CODES: Mapping[Severity, int] = {"error": 2, "warning": 1, "info": 0}
 # ---------------------------------------------------------------- rules
 
 
-@functools.cache
+@registry.cached
 def rules() -> tuple[Mapping[str, Rule], tuple[str, ...]]:
     """Every installed rule by its id, and a line for each one that is broken, which is left out."""
     found: dict[str, Rule] = {}

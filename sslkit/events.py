@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import pluggy
 
+from sslkit import registry
 from sslkit.api import ImageSet, RunInfo, ViewMaker
 from sslkit.batch import Branches
 from sslkit.errors import RunFailed, SslkitError
@@ -99,6 +100,8 @@ class Bus:
 
     def __init__(self, observers: Mapping[str, object]) -> None:
         self.observers = dict(observers)
+        self.failed_in = ""
+        """The event in which an observer raised, if one did."""
         self.manager = pluggy.PluginManager("sslkit")
         self.manager.add_hookspecs(Hooks)
         # pluggy calls the last registered first; the recipe's order reads better.
@@ -119,8 +122,10 @@ class Bus:
         try:
             getattr(self.manager.hook, event)(**arguments)
         except SslkitError:
+            self.failed_in = event
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
+            self.failed_in = event
             raise RunFailed(f"{self._culprit(error)} failed in {event}: {type(error).__name__}: {error}") from error
 
     def _culprit(self, error: BaseException) -> str:
@@ -129,7 +134,8 @@ class Bus:
             owner = frame.tb_frame.f_locals.get("self")
             for name, observer in self.observers.items():
                 if owner is observer:
-                    return f"observer {name!r}"
+                    origin = registry.origin_of(type(observer).__module__)
+                    return f"observer {name!r}{origin and f' from {origin}'}"
             frame = frame.tb_next
         return "an observer"
 

@@ -3,67 +3,37 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
-from sslkit import checkpoint, doctor, registry, view_grid
+from sslkit import checkpoint, doctor, local, registry, view_grid
 from sslkit.attending import Attending
-from sslkit.build import Parts, build, choose_device, resolve_compile
+from sslkit.build import Parts, choose_device, resolve_compile
 from sslkit.diff import differences
 from sslkit.errors import RunFailed, SslkitError, UserError
-from sslkit.facts import gather
+from sslkit.preparation import prepare, tell_findings, view_pixels
 from sslkit.progress import Display, PatientConsole, say
+from sslkit.randomness import undisturbed
 from sslkit.recipe import Recipe, parse_recipe, read_recipe
-from sslkit.rules import Facts, Finding, Severity
+from sslkit.result import Result, Status
+from sslkit.rules import Severity
 from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment
-from sslkit.sources import place
+from sslkit.stopping import StopSignals
 from sslkit.summary import announce, device_name, summarise
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 
-INTERRUPTED = 130
-
-
-@dataclass
-class StopSignals:
-    """SIGTERM, SIGINT and SIGUSR1 set a flag, which the loop polls; the same signal again takes its usual course."""
-
-    received: int | None = None
-    _before: dict[int, Any] = field(default_factory=dict)
-
-    def __enter__(self) -> StopSignals:
-        for name in ("SIGTERM", "SIGINT", "SIGUSR1"):
-            number = getattr(signal, name, None)  # Windows has no SIGUSR1
-            if number is not None:
-                try:
-                    self._before[number] = signal.signal(number, self._handle)
-                except ValueError:  # not the main thread: whoever runs us there stops us in their own way
-                    break
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: FrameType | None) -> None:
-        self.received = number
-        signal.signal(number, self._before[number])
-
-    def asked(self) -> bool:
-        """True once a signal came."""
-        return self.received is not None
+EXIT_CODES = {"interrupted": 130, "lost": 1}
+"""What `sslkit train` ends with, by the status of its run; 0 for the others."""
 
 
 def train(
@@ -78,11 +48,49 @@ def train(
     stop_on: Severity | None = None,
     console: Console | None = None,
 ) -> int:
-    """Train a recipe, or go on where an earlier call stopped.
+    """The command: `run` on the recipe of a file.
 
     Args:
         source: The recipe, by path or shipped name.
         overrides: `key=value` each.
+        steps, device, run_dir, resume, strict, stop_on, console: As `run` takes them.
+
+    Returns:
+        The exit code: 0 done or preempted, 1 ended by `stop_on`, 130 interrupted from the keyboard.
+
+    Raises:
+        UserError, RunFailed: as `run`.
+    """
+    recipe = read_recipe(source, overrides)
+    result = run(
+        recipe, source, overrides, steps=steps, device=device, run_dir=run_dir, resume=resume, strict=strict,
+        stop_on=stop_on, console=console or PatientConsole(),
+    )  # fmt: skip
+    return EXIT_CODES.get(result.status, 0)
+
+
+def run(
+    recipe: Recipe,
+    source: str | None,
+    overrides: Sequence[str] = (),
+    *,
+    steps: int | None,
+    device: str,
+    run_dir: str | None,
+    resume: Literal["auto", "never"],
+    strict: bool,
+    stop_on: Severity | None,
+    console: Console,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Result:
+    """Train a recipe, or go on where an earlier call stopped: what the command and `sslkit.train` do.
+
+    Torch's random numbers and flags are afterwards what they were before.
+
+    Args:
+        recipe: What to train.
+        source: The file or shipped name that the recipe was read from, for errors to point at; None if there is none.
+        overrides: The `key=value` that it was read with.
         steps: Stop after this many optimizer steps.
         device: `auto`, `cpu` or `cuda`.
         run_dir: Directory of the run; `runs/NAME` without it.
@@ -90,36 +98,39 @@ def train(
         strict: Refuse what is otherwise only warned of before training.
         stop_on: End the run, with a checkpoint, at the first live finding as grave as this.
         console: Where to print.
-
-    Returns:
-        The exit code: 0 done or preempted, 1 ended by `stop_on`, 130 interrupted from the keyboard.
+        should_stop: Asked before each step; True ends the run as Ctrl-C does, with a checkpoint.
 
     Raises:
         UserError: the recipe, the options or the machine do not allow it.
         RunFailed: the run began and could not go on.
     """
-    console = console or PatientConsole()
-    recipe = read_recipe(source, overrides)
+    where = choose_device(device)
     path = _choose_directory(recipe.name, run_dir, resume)
-    with _opened(path) as files:
+    # A recipe with local code was read with leave, which its run's copy of that code then has too.
+    with _opened(path) as files, undisturbed(where), local.allowed(bool(recipe.local_parts())):
         earlier = _earlier_recipe(files)
         if earlier is not None:
-            recipe = _compare(recipe, earlier, path, [source, *(f"--set={o}" for o in overrides)])
+            arguments = [] if source is None else [source, *(f"--set={o}" for o in overrides)]
+            arguments += ["--allow-local-code"] if arguments and recipe.local_parts() else []
+            recipe = _compare(recipe, earlier, path, arguments)
             if _finished(files):
                 console.print(f"{path}: this run is finished", highlight=False)
                 summarise(files.path, console)
-                return 0
+                return Result.of(files.path, "done")
         with _reported(files, recipe):
-            parts, known = prepare(recipe, source, overrides, device, partial(say, console))
+            parts, known = prepare(recipe, source, overrides, where, partial(say, console))
             tell_findings(known, source, overrides, console, strict=strict)
-            return _train(parts, files, Attending(known, partial(say, console), stop_on), steps, console)
+            attending = Attending(known, partial(say, console), stop_on)
+            return Result.of(files.path, _train(parts, files, attending, StopSignals(should_stop), steps, console))
 
 
-def _train(parts: Parts, files: RunDirectory, attending: Attending, steps: int | None, console: Console) -> int:
-    signals, device = StopSignals(), parts.device
+def _train(
+    parts: Parts, files: RunDirectory, attending: Attending, signals: StopSignals, steps: int | None, console: Console
+) -> Status:
+    device = parts.device
     recipe = parts.recipe = resolve_compile(parts.recipe, view_pixels(parts), device.type)
     found = _newest_checkpoint(files, parts, console)
-    files.write("recipe.lock.toml", LOCK_HEADER + recipe.to_toml())
+    files.write("recipe.lock.toml", LOCK_HEADER + recipe.to_toml_with(files.keep_local(recipe.local_parts())))
     files.write("facts.json", attending.course.facts.model_dump_json(indent=1, exclude_none=True) + "\n")
     view_grid.write(parts.data, parts.run, parts.views, recipe.name, files.path / "views.png")
     files.write("env.json", json.dumps(
@@ -142,15 +153,16 @@ def _train(parts: Parts, files: RunDirectory, attending: Attending, steps: int |
     # At the very end there is nothing to train, but a run that died there still has to be called done.
     if stop <= trainer.step < parts.run.total_steps:
         say(console, f"{files.path} is at step {trainer.step} already; a larger --steps goes on")
-        return 0
+        return "stopped"
     return _fit(trainer, display, signals, attending, stop, console)
 
 
 def _fit(
     trainer: Trainer, display: Display, signals: StopSignals, attending: Attending, stop: int, console: Console
-) -> int:
-    files, status = trainer.files, "failed"
-    facts: dict[str, Any] = {"of": trainer.info.total_steps}
+) -> Status:
+    files = trainer.files
+    status: Status = "failed"
+    reason: dict[str, Any] = {}
     files.status("running", step=trainer.step, of=trainer.info.total_steps)
     try:
         # Only from here on: before, there is nothing to save, and Ctrl-C may end things at once.
@@ -158,19 +170,22 @@ def _fit(
             display.advance(trainer.step)
             trainer.fit(stop, lambda: display.advance(trainer.step))
         status = "done" if trainer.step == trainer.info.total_steps else "stopped"
-        if signals.received is not None and trainer.step < stop:
-            status = "interrupted" if signals.received == signal.SIGINT else "preempted"
+        if signals.asked() and trainer.step < stop:
+            status = "interrupted" if signals.received in (None, signal.SIGINT) else "preempted"
         elif attending.lost and trainer.step < stop:
             status = "lost"
     except KeyboardInterrupt:
         status = "interrupted"  # a second Ctrl-C: the newest checkpoint is the earlier one
         raise
+    except BaseException:
+        if int(trainer.bad_step) >= 0:
+            reason = {"reason": "not_finite", "step": int(trainer.bad_step) + 1}
+        raise
     finally:
-        facts["step"] = trainer.step
-        if status == "failed" and int(trainer.bad_step) >= 0:
-            facts |= {"reason": "not_finite", "step": int(trainer.bad_step) + 1}
-        files.status(status, **facts)
+        files.status(status, **{"of": trainer.info.total_steps, "step": trainer.step, **reason})
         _end(trainer, status)
+        if trainer.recipe.train.compile:
+            torch.compiler.reset()  # or the ninth run of a process would meet torch's limit of recompilations
     if status == "done":
         summarise(files.path, console)
     elif status == "lost":
@@ -179,7 +194,6 @@ def _fit(
             f"ended at step {trainer.step} of {trainer.info.total_steps}, as --stop-on asks; all of it: sslkit doctor "
             f"{shlex.quote(str(files.path))}",
         )
-        return 1
     else:
         how = "a larger --steps" if status == "stopped" else "the same command"
         console.print(
@@ -187,7 +201,7 @@ def _fit(
         )
         say(console, f"verdict: {doctor.examine_run(files.path).verdict}")
         console.print(f"run directory: {files.path}", highlight=False, soft_wrap=True)
-    return INTERRUPTED if status == "interrupted" else 0
+    return status
 
 
 @contextmanager
@@ -203,7 +217,7 @@ def _reported(files: RunDirectory, recipe: Recipe) -> Iterator[None]:
             *before, last = error.lines
             raise type(error)(*before, f"{last} (the traceback is in {files.path / 'traceback.txt'})") from error
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         files.write("traceback.txt", traceback.format_exc())
         raise RunFailed(
             f"{_culprit(error)} failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]} "
@@ -218,74 +232,6 @@ def _end(trainer: Trainer, status: str) -> None:
     except RunFailed:
         if status != "failed":
             raise
-
-
-def prepare(
-    recipe: Recipe, source: str, overrides: Sequence[str], device: str, tell: Callable[[str], None]
-) -> tuple[Parts, Facts]:
-    """Build the parts of a recipe that was read from `source`, and try them out.
-
-    Raises:
-        UserError: they do not go together, or not with the machine; with the line of the recipe.
-    """
-    doctor.check_accepted(recipe.train.accept)
-    with placed(source, overrides):
-        parts = build(recipe, choose_device(device), tell)
-    return parts, gather(parts)
-
-
-@contextmanager
-def placed(source: str, overrides: Sequence[str]) -> Iterator[None]:
-    """Put `recipe.toml:7: ` before what the parts of a recipe object to, where a line begins with a key or a slot."""
-    try:
-        yield
-    except UserError as error:
-        lines = []
-        for line in error.lines:
-            named = re.match(r"([a-z_]+(?:\.[a-z_0-9]+)*)(?:: | '| is )", line)
-            keys = named[1].split(".") if named else []
-            if keys and keys[0] in Recipe.model_fields:
-                line = f"{place(source, overrides, *keys)}: {line}"
-            lines.append(line)
-        raise UserError(*lines) from error.__cause__
-
-
-def tell_findings(
-    known: Facts, source: str, overrides: Sequence[str], console: Console, *, strict: bool = False
-) -> None:
-    """Before training: warn of what is known to go wrong, and stop on what is sure to.
-
-    Findings that the recipe accepts by id are left out.
-
-    Raises:
-        UserError: one line for each finding that is an error, or with `strict` a warning.
-    """
-    refused = []
-    for line in doctor.rules()[1]:
-        say(console, f"warning: a health rule is broken and is not asked: {line}")
-    for finding in located(doctor.before(known), source, overrides):
-        if finding.id in known.accepted or finding.severity == "info":
-            continue
-        at = ": ".join(filter(None, [finding.where, finding.key]))
-        line = f"{at or source}: {finding.sentence}"
-        accept = f"--set train.accept='[\"{finding.id}\"]'"
-        if finding.severity == "error" or strict:
-            refused.append(f"{line} (to train all the same: {accept})")
-        else:
-            say(console, f"warning: {line} (to leave this out: {accept})")
-    if refused:
-        raise UserError(*refused)
-
-
-def located(findings: Sequence[Finding], source: str, overrides: Sequence[str]) -> list[Finding]:
-    """The findings with the recipe's file and line that set what is to blame."""
-    return [replace(f, where=place(source, overrides, *f.key.split("."))) if f.key else f for f in findings]
-
-
-def view_pixels(parts: Parts) -> float:
-    """Pixels of all views of the whole run."""
-    run = parts.run
-    return float(run.total_steps) * run.batch_size * sum(view.size**2 for view in run.views)
 
 
 # ---------------------------------------------------------------- the directory
@@ -331,9 +277,10 @@ def _compare(recipe: Recipe, earlier: Recipe, path: Path, arguments: Sequence[st
     if recipe.train.compile == "auto":
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": earlier.train.compile})})
     if changed := differences(earlier, recipe):
+        beside = f"--run-dir {shlex.quote(f'{path}-2')}"
+        way = f"to train the changed one: sslkit train {shlex.join(arguments)} {beside}"
         raise UserError(
-            f"{path}: holds a run of another recipe; to train the changed one: "
-            f"sslkit train {shlex.join(arguments)} --run-dir {shlex.quote(str(path) + '-2')}",
+            f"{path}: holds a run of another recipe; {way if arguments else 'choose another --run-dir or name'}",
             *(f"  {change}" for change in changed),
         )
     return recipe
@@ -358,6 +305,11 @@ def _newest_checkpoint(files: RunDirectory, parts: Parts, console: Console) -> c
             f"{files.path}: the data changed since this run began (fingerprint {found.facts['data_fingerprint']}, now "
             f"{parts.data.fingerprint}); put the old data back, or start anew with another --run-dir"
         )
+    if found and parts.recipe.local_parts() and found.facts["recipe_hash"] != parts.recipe.hash():
+        raise UserError(
+            f"{files.path}: the code in {files.path / 'local'} is not what the run was begun with; put the old one "
+            "back, or start anew with another --run-dir"
+        )
     return found
 
 
@@ -366,11 +318,10 @@ def _newest_checkpoint(files: RunDirectory, parts: Parts, console: Console) -> c
 
 def _culprit(error: BaseException) -> str:
     """The component in whose code an error arose, as far as its traceback tells."""
-    owners = {p.target.partition(":")[0].partition(".")[0]: p for p in registry.providers()}
-    frames = [f.f_globals.get("__name__", "").partition(".")[0] for f, _ in traceback.walk_tb(error.__traceback__)]
-    for package in reversed(frames):
-        if package in owners:
-            return f"{package} ({owners[package].origin})"
+    modules = [f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__)]
+    for module in reversed(modules):
+        if origin := registry.origin_of(module):
+            return origin if local.source_in(module) else f"{module.partition('.')[0]} ({origin})"
     return "the run"
 
 

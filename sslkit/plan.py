@@ -15,13 +15,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from sslkit.build import Parts, resolve_compile
-from sslkit.launch import prepare, tell_findings, view_pixels
+from sslkit.build import Parts, choose_device, resolve_compile
 from sslkit.nn import ScheduledNumber
+from sslkit.preparation import prepare, tell_findings, view_pixels
 from sslkit.progress import say
 from sslkit.recipe import read_recipe
 from sslkit.run_directory import RunDirectory
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 
 MEASURED_STEPS = 3
 
@@ -42,7 +42,7 @@ def show_plan(source: str, overrides: Sequence[str], *, device: str) -> None:
     """
     console = Console(highlight=False)
     recipe = read_recipe(source, overrides)
-    parts, known = prepare(recipe, source, overrides, device, partial(say, console))
+    parts, known = prepare(recipe, source, overrides, choose_device(device), partial(say, console))
     tell_findings(known, source, overrides, console)
     run = parts.run
     parts.recipe = resolve_compile(recipe, view_pixels(parts), run.device)

@@ -74,12 +74,12 @@ class Display:
         self.shown |= record
         if self.progress:
             self.progress.update(self.task, numbers=_numbers(self.shown))
-        now = time.monotonic()
+        now, numbers = time.monotonic(), _numbers(record)
         if "knn_top1" in record and record["step"] == 0:
             self.say(f"kNN top-1 of the random network: {record['knn_top1']:.4f}")
-        elif self.progress is None and ("knn_top1" in record or now - self._printed >= QUIET_SECONDS):
+        elif self.progress is None and numbers and ("knn_top1" in record or now - self._printed >= QUIET_SECONDS):
             self._printed = now
-            self.say(f"epoch {record['epoch']:.2f}  step {record['step']}/{run.info.total_steps}  {_numbers(record)}")
+            self.say(f"epoch {record['epoch']:.2f}  step {record['step']}/{run.info.total_steps}  {numbers}")
 
 
 def _numbers(record: Mapping[str, Any]) -> str:

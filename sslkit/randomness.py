@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from torch import Generator
+    from torch import Generator, device
 
 
 def key(seed: int, purpose: str, step: int = 0) -> int:
@@ -35,3 +35,21 @@ def seeded(seed: int, purpose: str) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(key(seed, purpose))
         yield
+
+
+@contextmanager
+def undisturbed(where: device) -> Iterator[None]:
+    """Torch's default generators and the flags that a run sets as they were, after the block; gradients on inside it.
+
+    So a run neither shows in what its process draws afterwards, nor depends on what it set before.
+    """
+    import torch
+
+    # Seeding seeds every CUDA device. On a CPU run none may be asked: that would start CUDA.
+    devices = list(range(torch.cuda.device_count())) if where.type == "cuda" else []
+    allow_tf32 = torch.backends.cudnn.allow_tf32
+    try:
+        with torch.random.fork_rng(devices=devices), torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = allow_tf32

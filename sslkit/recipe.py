@@ -16,6 +16,7 @@ import tomli_w
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     NonNegativeInt,
@@ -24,11 +25,12 @@ from pydantic import (
     SerializeAsAny,
     StringConstraints,
     ValidationError,
+    ValidationInfo,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
 
-from sslkit import complaints, registry, sources
+from sslkit import complaints, installed, local, registry, sources
 from sslkit.api import (
     Backbone,
     Component,
@@ -55,6 +57,30 @@ def _batch_norm(text: str) -> str:
     if text != "local" and not re.fullmatch(r"split:([2-9]|[1-9]\d+)", text):
         raise PydanticCustomError("batch_norm", "should be 'local' or 'split:N' with N of 2 or more")
     return text
+
+
+def _requirement(text: str) -> str:
+    if problem := installed.malformed(text):
+        raise PydanticCustomError(
+            "requirement", "should be a requirement such as 'sslkit-vicreg>=0.2' ({problem})", {"problem": problem}
+        )
+    return text
+
+
+def _with_defaults(observers: object, info: ValidationInfo) -> object:
+    """The observers that are given, as tables or objects, and those that are on by default and not among them."""
+    # In a recipe's JSON they are a list; in Python what is no tuple is refused after this.
+    if not isinstance(observers, list if info.mode == "json" else tuple):
+        return observers
+    used = [o.get("use") if isinstance(o, dict) else _name(o) for o in observers]
+    return (*observers, *({"use": name} for name in DEFAULT_OBSERVERS if name not in used))
+
+
+def _name(observer: object) -> str | None:
+    try:
+        return registry.name_of(type(observer))
+    except UserError:  # whatever it is, it is none of the default ones
+        return None
 
 
 class Train(BaseModel):
@@ -133,6 +159,8 @@ class Recipe(BaseModel):
     """Letters, digits, dots, dashes and underscores. The run directory is `runs/NAME` unless told otherwise."""
     seed: NonNegativeInt = 0
     """All randomness is keyed by it: weights, data order, views."""
+    requires: Annotated[tuple[Annotated[str, AfterValidator(_requirement)], ...], Incidental] = ()
+    """Packages that have to be installed, as pip names them: `["sslkit-vicreg>=0.2"]`. Those of a base stay."""
     data_source: Annotated[SerializeAsAny[DataSource], slot("data_source")]
     """Where images come from."""
     view_generator: Annotated[SerializeAsAny[ViewGenerator], slot("view_generator")]
@@ -151,12 +179,29 @@ class Recipe(BaseModel):
     """The optimizer, with its learning rate and weight decay."""
     train: Train
     """How long, how large, how precise."""
-    observers: Annotated[tuple[Annotated[SerializeAsAny[Observer], slot("observer")], ...], Incidental] = ()
+    observers: Annotated[
+        tuple[Annotated[SerializeAsAny[Observer], slot("observer")], ...],
+        Incidental,
+        BeforeValidator(_with_defaults),
+        Field(validate_default=True),
+    ] = ()
     """Who looks on. health, knn, probe, tensorboard and report do unless switched off with `enabled = false`."""
+
+    def replace(self, **changes: Any) -> Recipe:
+        """The recipe with other values for some of its keys: `recipe.replace(loss=NTXent(), predictor=None)`.
+
+        Raises:
+            pydantic.ValidationError: a key is unknown or its value does not belong there.
+        """
+        return type(self).model_validate({**dict(self), **changes})
 
     def to_toml(self) -> str:
         """The recipe with every option spelt out, ready to be trained again. What is unset is left out."""
         return tomli_w.dumps(self.tables())
+
+    def to_toml_with(self, uses: Mapping[str, str]) -> str:
+        """As `to_toml`, with other words for some components' `use`: local files that were copied elsewhere."""
+        return tomli_w.dumps(local.renamed(self.tables(), lambda use: uses.get(use, use)))
 
     def tables(self) -> dict[str, Any]:
         """Every option, as TOML would read it; what is unset is left out."""
@@ -167,7 +212,9 @@ class Recipe(BaseModel):
         """The options that change what the run computes: no cadences, observers, workers or paths."""
         computed = self.tables()
         _drop_incidental(self, computed)
-        return computed
+        names = {local.use_of(part): local.computed_name(part) for part in self.local_parts()}
+        without_places: dict[str, Any] = local.renamed(computed, lambda use: names.get(use, use))
+        return without_places
 
     def hash(self) -> str:
         """Twelve hex digits of sha256 over `computing()`."""
@@ -186,8 +233,12 @@ class Recipe(BaseModel):
 
     def provenance(self) -> list[dict[str, str]]:
         """Which package, in which version, each component comes from."""
-        used = {(part.kind, registry.name_of(type(part))) for _, part in self.parts()}
-        return [registry.find(kind, name).provenance() for kind, name in sorted(used)]
+        used = {registry.provider_of(type(part)) for _, part in self.parts()}
+        return [provider.provenance() for provider in sorted(used, key=lambda p: (p.kind, p.name))]
+
+    def local_parts(self) -> list[type[Component]]:
+        """The classes of its components that come from files beside a recipe."""
+        return list(dict.fromkeys(type(part) for _, part in self.parts() if local.source_of(type(part))))
 
 
 # ---------------------------------------------------------------- reading
@@ -210,14 +261,27 @@ def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
     for name, info in Recipe.model_fields.items():
         if info.default is None and tables.get(name) is False:
             del tables[name]  # TOML has no null: `predictor = false` takes the base's predictor away
-    observers = tables.setdefault("observers", [])
-    if isinstance(observers, list):
-        used = [o.get("use") for o in observers if isinstance(o, dict)]
-        observers += [{"use": name} for name in DEFAULT_OBSERVERS if name not in used]
+    _check_requirements(tables, origin)
     try:
         return Recipe.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
         raise UserError(*complaints.lines(error, tables, origin.of, Recipe)) from None
+
+
+def _check_requirements(tables: dict[str, Any], origin: sources.Origin) -> None:
+    """Before any component is loaded, since what is not installed is why one is not there.
+
+    Raises:
+        UserError: for each requirement that is not met; what is no requirement is left to validation.
+    """
+    listed = tables.get("requires")
+    problems = []
+    for number, text in enumerate(listed if isinstance(listed, list) else ()):
+        if isinstance(text, str) and not installed.malformed(text) and (problem := installed.unmet(text)):
+            problems.append(f"{origin.of(('requires', number))}: {problem}")
+    if problems:
+        lacking = ", ".join(complaints.not_installed(tables, Recipe))
+        raise UserError(*(f"{line} (nothing installed offers {lacking})" if lacking else line for line in problems))
 
 
 # ---------------------------------------------------------------- writing

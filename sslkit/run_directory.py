@@ -1,6 +1,7 @@
 """A run's directory: one writer, and files that say what was run and how it goes.
 
-`recipe.lock.toml`, `env.json`, `status.json`, `metrics.jsonl`, `bad_samples.jsonl`, `checkpoints/`, `tensorboard/`.
+`recipe.lock.toml`, `env.json`, `status.json`, `metrics.jsonl`, `bad_samples.jsonl`, `checkpoints/`, `tensorboard/`,
+`local/`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sslkit import local
 from sslkit.errors import RunFailed, UserError
 from sslkit.files import in_one_piece
 
@@ -69,7 +71,7 @@ class RunDirectory:
         """True if a run was begun here."""
         return self.lock_file.is_file()
 
-    def write(self, name: str, text: str) -> None:
+    def write(self, name: str, text: str | bytes) -> None:
         """Write a small file so that a reader never sees half of it.
 
         Raises:
@@ -77,10 +79,26 @@ class RunDirectory:
         """
         path = self.path / name
         try:
+            if path.parent != self.path:
+                path.parent.mkdir(exist_ok=True)
             with in_one_piece(path) as staging:
-                staging.write_text(text, encoding="utf-8")
+                staging.write_bytes(text.encode() if isinstance(text, str) else text)
         except OSError as error:
             raise RunFailed(f"{path}: cannot be written: {error.strerror or error}") from error
+
+    def keep_local(self, classes: Iterable[type]) -> dict[str, str]:
+        """Copy the files that components came from, so that the run can be repeated from here.
+
+        Returns:
+            The new `use` of each component, as the lock file says it, by its old one.
+        """
+        sources = {local.use_of(cls): source for cls in classes if (source := local.source_of(cls))}
+        names = local.kept_names(list(sources.values()))
+        for source in sources.values():
+            self.write(f"{local.FOLDER}/{names[source.path]}", source.text)
+        return {
+            use: f"./{local.FOLDER}/{names[source.path]}:{use.rpartition(':')[2]}" for use, source in sources.items()
+        }
 
     def status(self, state: str, **facts: Any) -> None:
         """`status.json`: running, preempted, interrupted, stopped, lost, failed or done, with the step."""

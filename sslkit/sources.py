@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sslkit import local
 from sslkit.errors import UserError, did_you_mean
 from sslkit.positions import Path as Keys
 from sslkit.positions import lines_of
@@ -112,6 +113,11 @@ def renamed(text: str, name: str) -> str:
     return "\n".join(lines)
 
 
+def without_schema(text: str) -> str:
+    """A recipe's text without the comment that names its JSON Schema, which is not beside a copy."""
+    return re.sub(r"^#:schema .*\n", "", text, count=1, flags=re.MULTILINE)
+
+
 # ---------------------------------------------------------------- extends
 
 
@@ -128,6 +134,7 @@ def resolve(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[dict[s
 
 def _extended(tables: dict[str, Any], text: str, file: str, chain: list[str]) -> tuple[dict[str, Any], Origin]:
     origin = Origin(file, {keys: f"{file}:{line}" for keys, line in lines_of(text).items()})
+    tables = local.anchored(tables, Path(file).parent)
     if "extends" not in tables:
         return tables, origin
     extends = tables.pop("extends")
@@ -172,6 +179,8 @@ def _laid_over(base: Mapping[str, Any], tables: Mapping[str, Any], origin: Origi
             merged[key] = _laid_over(below, value, origin, keys)
         elif keys == ("observers",) and isinstance(below, list) and isinstance(value, list):
             merged[key] = _observers(below, value, origin)
+        elif keys == ("requires",) and isinstance(below, list) and isinstance(value, list):
+            merged[key] = _joined(below, value, origin)
         else:
             merged[key] = value
             _forget(origin.inherited, keys)
@@ -196,6 +205,15 @@ def _observers(base: Sequence[Any], tables: Sequence[Any], origin: Origin) -> li
     return merged
 
 
+def _joined(base: Sequence[Any], further: Sequence[Any], origin: Origin) -> list[Any]:
+    """What the base requires, and what the file does: either may need it."""
+    written = {keys: where for keys, where in origin.own.items() if keys[0] == "requires" and len(keys) > 1}
+    for keys in written:
+        del origin.own[keys]
+    origin.own |= {("requires", len(base) + int(keys[1])): where for keys, where in written.items()}
+    return [*base, *further]
+
+
 def _use(table: object) -> object:
     return table.get("use") if isinstance(table, dict) else None
 
@@ -213,7 +231,8 @@ def _override(tables: dict[str, Any], overrides: Iterable[str], origin: Origin) 
             raise UserError(f"--set {override}: should read key=value, such as train.batch_size=64")
         if keys == ("extends",):
             raise UserError(f"--set {override}: a recipe says in its file what it extends")
-        parsed.append((keys, _typed(raw.strip()), override))
+        typed = local.anchored({keys[-1]: _typed(raw.strip())}, Path())[keys[-1]]  # seen from where the user is
+        parsed.append((keys, typed, override))
     for keys, value, override in sorted(parsed, key=lambda p: (0, len(p[0])) if p[0][-1] == "use" else (1, 0)):
         _set(tables, keys, value, override, origin)
 

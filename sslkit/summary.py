@@ -11,7 +11,7 @@ from rich.console import Console
 from sslkit import doctor
 from sslkit.progress import say
 from sslkit.run_directory import read_metrics
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 
 
 def device_name(device: torch.device) -> str:

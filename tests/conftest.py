@@ -6,10 +6,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny tensors: a second thread o
 
 import io
 import shutil
+import subprocess
+import sys
+import sysconfig
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +21,7 @@ import pytest
 import torch
 from PIL import Image
 
+from sslkit import registry
 from sslkit.api import RunInfo
 
 ROOT = Path(__file__).parent.parent
@@ -77,6 +81,38 @@ k = 20
 """BYOL on a network of a few thousand parameters: 10 steps an epoch, a second or two in all."""
 
 
+OFFLINE = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
+"""What makes `pip install` and `pip wheel` do without a network, in an environment that has setuptools."""
+
+
+def call(*command: object, cwd: Path) -> str:
+    """What a command prints, run without what the environment says of imports and data.
+
+    Raises:
+        AssertionError: it fails; with all that it said.
+    """
+    bare = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "SSLKIT_DATA", "SSLKIT_PLUGINS")}
+    done = subprocess.run([str(c) for c in command], cwd=cwd, env=bare, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def fresh_environment(folder: Path) -> Path:
+    """A new virtual environment to install plugins into, and the folder of its programs.
+
+    sslkit and everything else are shared with this environment: installing torch again would take minutes.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    call(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder)  # pip is shared, too
+    programs = folder / ("Scripts" if os.name == "nt" else "bin")
+    own = call(programs / "python", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip()
+    shared = sysconfig.get_path("purelib")
+    # addsitedir also obeys the .pth files of the shared folder, which an editable install of sslkit has.
+    lines = [str(ROOT), str(ROOT / "plugins"), f"import site; site.addsitedir({shared!r})"]
+    Path(own, "shared.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return programs
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     path = tmp_path / "tiny.toml"
@@ -94,6 +130,37 @@ def recipe_file(tmp_path: Path) -> Callable[[str], Path]:
         return path
 
     return write
+
+
+class Install(Protocol):
+    """Puts a package with entry points on the path, as pip would, and gives its folder of metadata."""
+
+    def __call__(
+        self, distribution: str, entries: str, modules: dict[str, str] | None = None, *, requires: Sequence[str] = ()
+    ) -> Path: ...
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    folder = tmp_path / "installed"
+    folder.mkdir()
+
+    def put(
+        distribution: str, entries: str, modules: dict[str, str] | None = None, *, requires: Sequence[str] = ()
+    ) -> Path:
+        info = folder / f"{distribution.replace('-', '_')}-1.0.dist-info"
+        info.mkdir()
+        needed = "".join(f"Requires-Dist: {text}\n" for text in requires)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n{needed}")
+        (info / "entry_points.txt").write_text(f"[sslkit]\n{entries}\n")
+        for name, source in (modules or {}).items():
+            (folder / f"{name}.py").write_text(source)
+        registry.clear()
+        return info
+
+    monkeypatch.syspath_prepend(str(folder))
+    yield put
+    registry.clear()
 
 
 def run_info(side: int = 32, channels: int = 3, **changes: object) -> RunInfo:

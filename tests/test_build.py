@@ -65,11 +65,8 @@ def test_a_component_that_breaks_its_contract_is_named(
     component: Backbone, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = recipe().model_copy(update={"backbone": component})
-    real = registry.name_of
-    monkeypatch.setattr(registry, "name_of", lambda cls: "mine" if cls in (Failing, Dimless) else real(cls))
-    monkeypatch.setattr(
-        registry, "find", lambda kind, name: registry.Provider(kind, name, "m:C", "mine", "1.0", None)  # type: ignore[arg-type]
-    )  # fmt: skip
+    real, mine = registry.provider_of, registry.Provider("backbone", "mine", "m:C", "mine", "1.0", None)
+    monkeypatch.setattr(registry, "provider_of", lambda cls: mine if cls in (Failing, Dimless) else real(cls))
     with pytest.raises(RunFailed, match=says):
         build(changed, CPU, print)
 

@@ -35,6 +35,26 @@ def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
     assert found.parts["loss"] == {}
 
 
+def test_parts_that_are_not_wanted_are_neither_read_nor_checked(tmp_path: Path) -> None:
+    path = saved(tmp_path)
+    (path / "optimizer.safetensors").unlink()
+    assert set(checkpoint.load(path, wanted=("model",)).parts) == {"model"}
+    with pytest.raises(RunFailed, match=r"optimizer\.safetensors"):
+        checkpoint.load(path)
+    (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(RunFailed, match=r"model\.safetensors is not what the manifest says"):
+        checkpoint.load(path, wanted=("model",))
+
+
+def test_the_best_is_the_oldest_with_the_highest_knn(tmp_path: Path) -> None:
+    assert checkpoint.best(tmp_path / "nothing") is None
+    saved(tmp_path, 1)
+    assert checkpoint.best(tmp_path) is None, "kNN was not measured"
+    for step, knn in ((2, 0.3), (3, 0.7), (4, 0.7), (5, 0.1)):
+        saved(tmp_path, step, knn)
+    assert checkpoint.best(tmp_path) == tmp_path / "step-000000003"
+
+
 def test_only_plain_data_is_written(tmp_path: Path) -> None:
     path = saved(tmp_path)
     assert {p.suffix for p in path.iterdir()} == {".safetensors", ".json"}

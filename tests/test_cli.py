@@ -373,7 +373,7 @@ def test_a_copy_trains_in_a_directory_of_its_own(tmp_path: Path) -> None:
 
 
 def test_a_run_that_never_began_does_not_hold_its_directory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from sslkit.train import Trainer
+    from sslkit.trainer import Trainer
 
     def fail(*_: object) -> None:
         raise ValueError("shapes do not fit")
@@ -412,7 +412,7 @@ def test_an_observers_error_keeps_its_traceback(tiny: Path, monkeypatch: pytest.
     HealthObserver.logging.sslkit_impl = HealthObserver.epoch_ended.sslkit_impl  # type: ignore[attr-defined]
     failed = run("train", str(tiny))
     assert failed.exit_code == 1
-    assert "observer 'health' failed in logging: KeyError" in failed.stderr
+    assert "observer 'health' from sslkit 0.1.0 failed in logging: KeyError" in failed.stderr
     assert "KeyError" in Path("runs/tiny/traceback.txt").read_text()
 
 

@@ -7,7 +7,9 @@ Conventions for README.md, CONTRIBUTING.md and docs/**/*.md. Every fenced block 
   output of a training, which is cut short here, only by the slow tests.
 - `python`: run, in one namespace for the page. `json`: parsed.
 - `toml`: a whole recipe, or some tables of one, which are laid over byol_cifar10; validated either way.
-- A block below `<!-- file: NAME -->` is written to that file instead. A `pyproject.toml` is "installed".
+- A block below `<!-- file: NAME -->` is written to that file instead. With a `pyproject.toml` the page is a plugin: its
+  metadata is faked, so that `pip install -e .`, `pytest` and `sslkit check-plugin` have nothing to do. The slow tests
+  install it into a fresh environment and run these too.
 - A block below `<!-- exits: 2 -->` has to end with that code.
 - A block below `<!-- not run: why -->` is left alone, and is listed in NOT_RUN.
 
@@ -41,22 +43,24 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 from click.testing import CliRunner
-from conftest import ROOT, TINY
+from conftest import OFFLINE, ROOT, TINY, call, fresh_environment
 from PIL import Image
 
-from sslkit import doctor, registry
+from sslkit import doctor, local, registry
 from sslkit.cli import main
 from sslkit.recipe import parse_recipe, read_recipe
 from sslkit.sources import shipped
 
 DOCS = ROOT / "docs"
-GENERATED = {"cli.md", "components.md", "recipe.md", "api.md", "rules.md", "methods.md"}
-WRITTEN = sorted(page for page in DOCS.rglob("*.md") if "_build" not in page.parts)
+GENERATED = {"cli.md", "components.md", "recipe.md", "api.md", "rules.md", "methods.md", "python.md"}
+WRITTEN = sorted(page for page in DOCS.rglob("*.md") if not {"_build", "examples"} & set(page.parts))
+"""Without the examples: packages of their own, which tests/test_examples.py installs and runs."""
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN]
 TRAINED_WITH_TIMM = "sslkit train byol_cifar10_cpu"
 """The one command with a large network that is run, in docs/how-to/train-on-cifar10.md."""
 
 NOT_RUN = {
+    ("docs/how-to/complete-recipes-in-an-editor.md", "pip install taplo"),
     ("README.md", "                    +--> backbone --> projector --> predictor --+        online branch"),
     ("README.md", "source .venv/bin/activate"),
     ("README.md", "README.md"),
@@ -67,7 +71,6 @@ NOT_RUN = {
     ("docs/how-to/own-images.md", "photos/"),
     ("docs/how-to/swap-a-part.md", "$ sslkit train byol_cifar10 --set target_updater.use=stop_gradient"),
     ("docs/how-to/train-on-cifar10.md", "tensorboard --logdir runs"),
-    ("docs/how-to/write-a-loss.md", "pip install -e ."),
     ("docs/tutorial/first-run.md", "source .venv/bin/activate"),
     ("docs/tutorial/is-my-loss-normal.md", "Epoch: 0 Epoch_Loss: 0.1489"),
     ("docs/tutorial/is-my-loss-normal.md", "$ sslkit check forum_thread"),
@@ -172,6 +175,7 @@ class Session:
             entries = project["entry-points"]["sslkit"].items()
             (info / "entry_points.txt").write_text("[sslkit]\n" + "".join(f"{k} = {v}\n" for k, v in entries))
             registry.clear()
+        importlib.invalidate_caches()
 
     def _sh(self, block: Block) -> None:
         for line in block.text.splitlines():
@@ -208,10 +212,14 @@ class Session:
         if words[0] == "python":
             assert (ROOT / words[1]).is_file(), f"{block.where}: {words[1]} is not there"
             return ""
+        if words[0] in ("pip", "pytest") or words[:2] == ["sslkit", "check-plugin"]:
+            assert (self.folder / "pyproject.toml").is_file(), f"{block.where}: the page is no plugin"
+            return ""
         assert words[0] == "sslkit", f"{block.where}: {words[0]} is not run here"
         expected = int(block.marker[1]) if block.marker[0] == "exits" else 0
         if words[1] == "train" and not expected:
-            recipe = read_recipe(words[2], settings(words))
+            with local.allowed("--allow-local-code" in words):
+                recipe = read_recipe(words[2], settings(words))
             if type(recipe.backbone).__name__ == "Timm" and line != TRAINED_WITH_TIMM:
                 return ""
             words += [] if self.whole else small(type(recipe.data_source).__name__, words)
@@ -287,11 +295,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             (photos / f"{number}.png").write_bytes(picture(random, 8))
     monkeypatch.chdir(tmp_path / "page")
     monkeypatch.syspath_prepend(str(tmp_path / "page"))
-    before = set(sys.modules)
     yield tmp_path / "page"
     registry.clear()
-    for name in set(sys.modules) - before:
-        if name.startswith("sslkit_align"):
+    for name, module in list(sys.modules.items()):
+        if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
 
 
@@ -311,6 +318,62 @@ def test_what_a_page_shows_runs(page: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_tutorial_says_what_its_trainings_say(folder: Path) -> None:
     run_page(DOCS / "tutorial" / "first-run.md", Session(folder, whole=True))
+
+
+# ---------------------------------------------------------------- plugins
+
+HOW_TO = {
+    kind: DOCS / "how-to" / f"write-a{'n' * (kind[0] in 'aeiou')}-{kind.replace('_', '-')}.md"
+    for kind in registry.KINDS
+}
+LINES = 30
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_every_kind_has_a_page_with_a_whole_plugin_of_few_lines(kind: str) -> None:
+    files = {b.marker[1]: b.text for b in blocks(HOW_TO[kind]) if b.marker[0] == "file"}
+    project = tomllib.loads(files["pyproject.toml"])
+    (entry,) = project["project"]["entry-points"]["sslkit"]
+    (package,) = project["tool"]["setuptools"]["packages"]
+    assert entry.startswith(f"{kind}.")
+    assert entry not in {p.key for p in registry.providers()}, "sslkit has it already"
+    code = [text for name, text in files.items() if name.startswith(f"{package}/")]
+    assert sum(bool(line.strip()) for text in code for line in text.splitlines()) <= LINES
+    assert {name for name in files if name.endswith(".py") and not name.startswith(f"{package}/")} == {"test_plugin.py"}
+
+
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_the_pages_for_authors_are_alike(kind: str) -> None:
+    headings = re.findall(r"^## (.+)$", prose(HOW_TO[kind]), re.MULTILINE)
+    assert headings[:5] == ["The package", "What the contract asks", "Install it", "Use it", "Test it"]
+    asked = prose(HOW_TO[kind]).partition("## What the contract asks")[2].partition("## Install it")[0]
+    assert 3 <= len(re.findall(r"^- ", asked, re.MULTILINE)) <= 6
+    assert f"(../reference/api.md#{kind})" in asked
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return fresh_environment(tmp_path_factory.mktemp("environment"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", registry.KINDS)
+def test_the_plugin_of_a_page_installs_trains_and_conforms(kind: str, environment: Path, tmp_path: Path) -> None:
+    for block in blocks(HOW_TO[kind]):
+        if block.marker[0] == "file":
+            path = tmp_path / block.marker[1]
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(block.text + "\n", encoding="utf-8")
+        elif block.language == "python":
+            (tmp_path / "block.py").write_text(block.text, encoding="utf-8")
+            call(environment / "python", "block.py", cwd=tmp_path)
+        elif block.language == "sh":
+            for line in block.text.splitlines():
+                words = shlex.split(line)
+                words += OFFLINE if words[0] == "pip" else []
+                words += ["-m", "not slow"] if words[0] == "pytest" else []  # those run for the scaffold of each kind
+                words += small("Arrays" if kind == "data_source" else "Digits", words) if words[1] == "train" else []
+                call(environment / "python", "-m", *words, cwd=tmp_path)
 
 
 # ---------------------------------------------------------------- the README
@@ -491,7 +554,7 @@ def test_every_metric_is_documented_and_every_documented_one_is_written(a_run: P
 def test_every_file_of_a_run_is_documented(a_run: Path) -> None:
     page = (DOCS / "reference" / "run-directory.md").read_text(encoding="utf-8")
     top = {f"{p.name}{'/' * p.is_dir()}" for p in a_run.iterdir()}
-    assert set(re.findall(r"^\| `([^`]+)` \|", page.partition("\n## ")[0], re.MULTILINE)) == top
+    assert set(re.findall(r"^\| `([^`]+)` \|", page.partition("\n## ")[0], re.MULTILINE)) == {*top, "local/"}
     checkpoint = {p.name for p in (a_run / "checkpoints" / "step-000000020").iterdir()}
     assert listed("reference/run-directory.md", "Checkpoints") == checkpoint
     environment = json.loads((a_run / "env.json").read_text())

@@ -23,7 +23,7 @@ from torch import nn
 from sslkit.build import Parts, build
 from sslkit.recipe import read_recipe
 from sslkit.run_directory import RunDirectory
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 from sslkit_forum_thread import ForumThread
 from sslkit_schedules import Cosine
 

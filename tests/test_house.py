@@ -18,8 +18,8 @@ from sslkit.api import KIND_CLASSES, Component
 from sslkit.recipe import Recipe, Train
 
 FLOORS: list[set[str]] = [
-    {"errors", "files", "randomness", "positions", "batch", "rules", "__init__"},
-    {"registry", "contracts"},
+    {"errors", "files", "randomness", "positions", "batch", "rules", "stopping"},
+    {"installed", "local", "registry", "contracts"},
     {"api"},
     {"complaints", "sources", "nn", "batch_norm", "page", "charts", "view_words"},
     {"recipe"},
@@ -36,13 +36,18 @@ FLOORS: list[set[str]] = [
         "describe",
         "attending",
         "snapshot",
+        "result",
+        "encoder",
+        "schema",
+        "scaffold",
     },
     {"build", "progress", "diff"},
-    {"train", "facts", "loss_facts", "view_grid"},
-    {"summary"},
-    {"launch", "compare", "foreign"},
+    {"trainer", "facts", "loss_facts", "view_grid"},
+    {"summary", "preparation"},
+    {"launch", "compare", "foreign", "testing"},
     {"report"},
-    {"plan", "checkup"},
+    {"plan", "checkup", "scripting"},
+    {"__init__"},
     {"cli"},
     {"__main__"},
 ]

@@ -34,6 +34,13 @@ def test_without_a_terminal_it_prints_lines_and_every_knn() -> None:
     assert lines[2].endswith("kNN 0.5000")
 
 
+def test_records_without_a_figure_worth_a_glance_are_not_printed() -> None:
+    out = io.StringIO()
+    with Display(Console(file=out), 20, 10) as display:
+        display.recorded(RUN, {"step": 0, "epoch": 0.0, "effective_rank": 7.0})  # type: ignore[arg-type]
+    assert out.getvalue() == ""
+
+
 def test_on_a_terminal_one_line_is_drawn_over() -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=160, color_system=None)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -37,3 +38,34 @@ def test_a_seeded_block_leaves_the_default_generator_as_it_was() -> None:
     assert torch.equal(torch.rand(3), expected)
     with randomness.seeded(0, "backbone"):
         assert torch.equal(torch.rand(3), inside)
+
+
+def test_an_undisturbed_process_keeps_its_generator_and_flags_even_where_the_block_fails() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+
+    def fail() -> None:
+        with torch.no_grad(), randomness.undisturbed(torch.device("cpu")):
+            torch.manual_seed(7)
+            torch.backends.cudnn.allow_tf32 = not before
+            assert torch.is_grad_enabled()
+            raise ValueError("inside")
+
+    with pytest.raises(ValueError, match="inside"):
+        fail()
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.backends.cudnn.allow_tf32 is before
+    with torch.inference_mode(), randomness.undisturbed(torch.device("cpu")):
+        assert not torch.is_inference_mode_enabled()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_generators_of_gpus_are_kept_too() -> None:
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(3, device="cuda")
+    torch.cuda.manual_seed(3)
+    with randomness.undisturbed(torch.device("cuda")):
+        torch.manual_seed(7)
+    assert torch.equal(torch.rand(3, device="cuda"), expected)

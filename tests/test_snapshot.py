@@ -19,7 +19,7 @@ from sslkit.evaluate import chosen
 from sslkit.recipe import parse_recipe
 from sslkit.report import text as page_text
 from sslkit.run_directory import RunDirectory
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 from sslkit_watch.report import ReportObserver
 
 

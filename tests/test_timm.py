@@ -134,3 +134,17 @@ def test_weights_that_cannot_be_downloaded(monkeypatch: pytest.MonkeyPatch, tmp_
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"weights of 'resnet18' could not be had .* set pretrained = false"):
         Timm(pretrained=True).build(RUN)
+
+
+def test_pretrained_weights_are_not_fetched_where_a_checkpoints_follow(monkeypatch: pytest.MonkeyPatch):
+    asked: list[bool] = []
+    create = timm.create_model
+
+    def created(*arguments: Any, pretrained: bool, **options: Any) -> Any:
+        asked.append(pretrained)
+        return create(*arguments, **options)
+
+    monkeypatch.setattr("timm.create_model", created)
+    for follow in (False, True):
+        Timm(model="resnet10t", pretrained=True).build(replace(RUN, weights_follow=follow))
+    assert asked == [True, False]

@@ -15,7 +15,7 @@ from sslkit.build import build
 from sslkit.evaluate import chosen, knn_accuracy
 from sslkit.recipe import DEFAULT_OBSERVERS, parse_recipe
 from sslkit.run_directory import RunDirectory, read_metrics
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 from sslkit_watch.health import HealthObserver
 from sslkit_watch.probe import ProbeObserver, fresh, learn, scores
 

@@ -20,7 +20,7 @@ from sslkit.build import build
 from sslkit.errors import UserError
 from sslkit.recipe import parse_recipe
 from sslkit.run_directory import RunDirectory, read_metrics
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 from sslkit_watch import MLflow, WandB
 from sslkit_watch.elsewhere import flat, numbers, recipe_of
 from sslkit_watch.mlflow_tracking import LONGEST_VALUE, MLflowObserver

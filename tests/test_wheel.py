@@ -3,22 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
-
-
-def call(*command: object, cwd: Path) -> str:
-    bare = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "SSLKIT_DATA", "OMP_NUM_THREADS")}
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=bare, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+from conftest import ROOT, call
 
 
 @pytest.mark.slow

@@ -29,14 +29,15 @@ def build(options: Timm, run: RunInfo) -> nn.Module:
             "(timm.list_models() lists them all)"
         )
     sizes = sorted({view.size for view in run.views} or {run.image_size})
-    model = _create(options, run.channels, sizes)
+    pretrained = options.pretrained and not run.weights_follow
+    model = _create(options, run.channels, sizes, pretrained)
     if options.stem == "small_image":
         use_small_image_stem(model, options.model)
     model.feature_dim = _feature_dim(model, options.model, run.channels, sizes)  # type: ignore[assignment]
     return model
 
 
-def _create(options: Timm, channels: int, sizes: list[int]) -> nn.Module:
+def _create(options: Timm, channels: int, sizes: list[int], pretrained: bool) -> nn.Module:
     arguments: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
     if options.drop_path is not None:
         arguments["drop_path_rate"] = options.drop_path
@@ -46,7 +47,7 @@ def _create(options: Timm, channels: int, sizes: list[int]) -> nn.Module:
             arguments["img_size"] = sizes[-1]
             if len(sizes) > 1:
                 arguments["dynamic_img_size"] = True
-        model: nn.Module = timm.create_model(options.model, pretrained=options.pretrained, **arguments)
+        model: nn.Module = timm.create_model(options.model, pretrained=pretrained, **arguments)
     except OSError as error:
         raise UserError(
             f"backbone.pretrained: the weights of {options.model!r} could not be had ({_line(error)}); connect to the "

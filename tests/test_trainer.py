@@ -20,7 +20,7 @@ from sslkit.errors import RunFailed
 from sslkit.events import observes
 from sslkit.recipe import parse_recipe
 from sslkit.run_directory import RunDirectory, read_metrics
-from sslkit.train import Trainer
+from sslkit.trainer import Trainer
 
 CPU = torch.device("cpu")
 

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from sslkit import checkpoint, evaluate, randomness, registry
 from sslkit.batch import Branches, LossTerms, joined
 from sslkit.build import Parts
 from sslkit.data import Draw, Feed
-from sslkit.errors import RunFailed
+from sslkit.errors import RunFailed, SslkitError
 from sslkit.events import Bus
 from sslkit.nn import ScheduledNumber
 from sslkit.panel import joined_norms
@@ -112,10 +113,10 @@ class Trainer:
     def _checked(self, terms: object) -> LossTerms:
         if isinstance(terms, LossTerms):
             return terms
-        provider = registry.find("loss", registry.name_of(type(self.recipe.loss)))
+        loss = type(self.recipe.loss)
         raise RunFailed(
-            f"loss {provider.name!r} from {provider.origin} should return sslkit.api.LossTerms, not "
-            f"{type(terms).__name__}: LossTerms(total, {{name: value}})"
+            f"loss {registry.short_name(loss)!r} from {registry.provider_of(loss).origin} should return "
+            f"sslkit.api.LossTerms, not {type(terms).__name__}: LossTerms(total, {{name: value}})"
         )
 
     def make_views(self, images: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
@@ -203,6 +204,17 @@ class Trainer:
         Raises:
             RunFailed: a loss or gradient was not finite, an observer failed, the disk is full.
         """
+        try:
+            self._go_on(stop, on_step)
+        except SslkitError:
+            if self.step and self.bus.failed_in:  # an observer, between two steps: what was learnt is sound
+                with contextlib.suppress(Exception):  # its state_dict may be broken, too
+                    self.save()
+                for path in checkpoint.listed(self.files.checkpoints)[-1:]:
+                    self.say(f"{path} is kept; once this is mended, the same command goes on from there")
+            raise
+
+    def _go_on(self, stop: int, on_step: Callable[[], None]) -> None:
         train, info = self.recipe.train, self.info
         self._measure("run_started")
         self._clock = (time.perf_counter(), self.step, self.feed.waited)
@@ -292,6 +304,8 @@ class Trainer:
             "best_knn": self.best_knn,
             "target_updates": int(self.target_updates),
             "plugins": self.recipe.provenance(),
+            "run": asdict(self.info),
+            "evaluated": self.parts.target.evaluated,
         }
         path = checkpoint.save(self.files.checkpoints, self.step, parts, facts)
         self.files.status("running", step=self.step, of=self.info.total_steps)

@@ -1,0 +1,190 @@
+"""Components in a file beside a recipe: `use = "./my_head.py:WideHead"`.
+
+Such a file is code that a recipe makes run, so it needs leave (`--allow-local-code`). It is loaded by itself, as a
+module that no import finds, and remembered with a digest of its source: what a run computes follows from that, not
+from where the file lies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from sslkit.errors import UserError, did_you_mean
+
+FOLDER = "local"
+"""Where a run directory keeps the files that its components came from."""
+_FORM = re.compile(r"(?P<path>.+\.py):(?P<name>\w+)")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A file as it was when it was read."""
+
+    path: Path
+    text: bytes
+    digest: str
+    """SHA-256 of the text, in hex."""
+
+
+_loaded: dict[str, Source] = {}
+"""Names of the modules that were made here."""
+_allowed = False
+
+
+@contextmanager
+def allowed(yes: bool = True) -> Iterator[None]:
+    """Let recipes run code of local files, as `--allow-local-code` does; `allowed(False)` changes nothing."""
+    global _allowed
+    before, _allowed = _allowed, _allowed or yes
+    try:
+        yield
+    finally:
+        _allowed = before
+
+
+# ---------------------------------------------------------------- names
+
+
+def split(use: str) -> tuple[Path, str] | None:
+    """The file and the class that a `use` names; None where it is the name of an installed component."""
+    form = _FORM.fullmatch(use)
+    return (Path(form["path"]), form["name"]) if form else None
+
+
+def shown(use: str) -> str:
+    """A local `use` as a reader would write it: from the working directory where the file lies below that."""
+    parts = split(use)
+    if parts is None:
+        return use
+    path = os.path.relpath(parts[0]) if parts[0].is_relative_to(Path.cwd()) else str(parts[0])
+    return f"{path}:{parts[1]}"
+
+
+def anchored(tables: Any, folder: Path) -> Any:
+    """A copy of a recipe's tables in which every local `use` has an absolute path, seen from a folder."""
+
+    def absolute(use: str) -> str:
+        parts = split(use)
+        if parts is None:
+            return use
+        return f"{Path(os.path.normpath(Path.cwd() / folder / parts[0])).as_posix()}:{parts[1]}"
+
+    return renamed(tables, absolute)
+
+
+def renamed(tables: Any, name: Callable[[str], str]) -> Any:
+    """A copy of a recipe's tables with another name for every `use`."""
+    if isinstance(tables, dict):
+        return {
+            key: name(value) if key == "use" and isinstance(value, str) else renamed(value, name)
+            for key, value in tables.items()
+        }
+    return [renamed(value, name) for value in tables] if isinstance(tables, list) else tables
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load(use: str, kind: str) -> type:
+    """The class that a local `use` names.
+
+    Raises:
+        UserError: leave was not given, or the file, its code or the class is not there.
+    """
+    path, name = split(use) or (Path(use), "")
+    if not _allowed:
+        raise UserError(f"{shown(use)} is code in a file, which using it would run; add --allow-local-code to allow it")
+    source = _read(path)
+    module = _module(source, use)
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
+        classes = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
+        listed = f" (it has {', '.join(classes)})" if classes else ""
+        raise UserError(f"{shown(use)}: the file has no class {name}{did_you_mean(name, classes)}{listed}")
+    if getattr(found, "kind", None) != kind or not hasattr(found, "model_fields"):
+        raise UserError(f"{shown(use)} is not a {kind}: derive it from the {kind}'s class in sslkit.api")
+    return found
+
+
+def _read(path: Path) -> Source:
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")])
+        raise UserError(f"{shown(f'{path}:x')[:-2]}: no such file{near}") from None
+    except OSError as error:
+        raise UserError(f"{shown(f'{path}:x')[:-2]}: cannot be read: {error.strerror}") from None
+    return Source(path, text, hashlib.sha256(text).hexdigest())
+
+
+def _module(source: Source, use: str) -> ModuleType:
+    """The file as a module of its own; the same source in the same place is run once."""
+    key = hashlib.sha256(str(source.path).encode() + b"\0" + source.text).hexdigest()[:12]
+    name = f"sslkit_local_{re.sub(r'[^0-9A-Za-z_]', '_', source.path.stem)}_{key}"
+    if name in _loaded and name in sys.modules:
+        return sys.modules[name]
+    module = ModuleType(name)
+    module.__file__ = str(source.path)
+    sys.modules[name] = module  # before the code runs: pydantic reads a class's source by its module
+    try:
+        with redirect_stdout(sys.stderr):  # stdout may be JSON for another program
+            exec(compile(source.text, str(source.path), "exec"), module.__dict__)
+    except BaseException as error:  # sys.exit() too
+        del sys.modules[name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        raise UserError(f"{shown(use)} failed to import: {_told(error, source.path)}") from error
+    _loaded[name] = source
+    return module
+
+
+def _told(error: BaseException, path: Path) -> str:
+    text = f"{type(error).__name__}: {(str(error).strip() or repr(error)).partition(chr(10))[0]}"
+    if isinstance(error, SyntaxError):
+        return text
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{text} (line {lines[-1]})" if lines else text
+
+
+# ---------------------------------------------------------------- what was loaded
+
+
+def source_of(component: type) -> Source | None:
+    """The file that a class was loaded from here; None for every other class."""
+    return _loaded.get(component.__module__)
+
+
+def source_in(module: str) -> Source | None:
+    """The file that was loaded as a module of this name; None for every other module."""
+    return _loaded.get(module)
+
+
+def use_of(component: type) -> str:
+    """How a recipe anywhere names a class that was loaded here."""
+    return f"{_loaded[component.__module__].path.as_posix()}:{component.__qualname__}"
+
+
+def computed_name(component: type) -> str:
+    """How the recipe's hash knows such a class: by its source, not by its place."""
+    return f"{component.__qualname__}, local code {_loaded[component.__module__].digest[:12]}"
+
+
+def kept_names(sources: list[Source]) -> dict[Path, str]:
+    """The name in a run directory of each file, below FOLDER; of two files with one name the later has a digest."""
+    names: dict[Path, str] = {}
+    for source in sources:
+        name = source.path.name
+        if source.path not in names:
+            taken = name in names.values()
+            names[source.path] = f"{source.path.stem}-{source.digest[:12]}.py" if taken else name
+    return names

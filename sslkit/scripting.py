@@ -1,0 +1,147 @@
+"""What scripts and notebooks call: the command line's work as functions that raise errors and return results."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from sslkit import doctor, installed, local
+from sslkit.doctor import Examination
+from sslkit.errors import SslkitError, UserError, did_you_mean
+from sslkit.recipe import Recipe, read_recipe
+from sslkit.sources import is_path
+
+if TYPE_CHECKING:
+    from sslkit.result import Result
+
+
+def load_recipe(
+    source: str | PathLike[str], overrides: Sequence[str] = (), *, allow_local_code: bool = False
+) -> Recipe:
+    """Read a recipe, as `sslkit train` does.
+
+    Args:
+        source: A path (with a slash, or ending in `.toml`), or the name of a recipe that comes with sslkit.
+        overrides: What `--set` takes: `"train.batch_size=64"`, `"loss.use=nt_xent"`.
+        allow_local_code: Let the recipe run code of files that it names (`use = "./my_head.py:WideHead"`).
+
+    Raises:
+        UserError: one line for each thing that is wrong, with file and line.
+    """
+    name = fspath(source)
+    if isinstance(source, Path) and not is_path(name):
+        name = f"./{name}"
+    try:
+        with local.allowed(allow_local_code):
+            return read_recipe(name, [overrides] if isinstance(overrides, str) else overrides)
+    except UserError as error:
+        raise UserError(*map(in_python, error.lines)) from None
+
+
+def train(
+    recipe: Recipe | str | PathLike[str],
+    *,
+    run_dir: str | PathLike[str] | None = None,
+    steps: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    resume: Literal["auto", "never"] = "auto",
+    strict: bool = False,
+    stop_on: Literal["error", "warning"] | None = None,
+    should_stop: Callable[[], bool] | None = None,
+    quiet: bool = False,
+) -> Result:
+    """Train a recipe, or go on where an earlier call or command stopped: what `sslkit train` does.
+
+    Interrupting (Ctrl-C, or a notebook's stop button) ends the run after the step it is in, with a checkpoint, and
+    returns a result with the status `interrupted`; the same call goes on from there. SIGTERM and SIGUSR1 do the same
+    with the status `preempted`. Outside the main thread, where Python handles no signals, `should_stop` ends a run.
+    Interrupted twice, or before the first step, it raises KeyboardInterrupt.
+
+    Calls do not depend on one another, nor on random numbers that were drawn before; torch's generators and flags
+    are afterwards as they were.
+
+    Args:
+        recipe: A `Recipe`, or what `load_recipe` takes.
+        run_dir: Directory of the run; `runs/NAME` without it.
+        steps: Stop after this many optimizer steps, with a checkpoint; a later call with more goes on.
+        device: Where to train; `auto` is CUDA where there is a device.
+        resume: `never` begins a new run beside one that is there.
+        strict: Refuse what is otherwise only warned of before training.
+        stop_on: End the run, with a checkpoint and the status `lost`, at the first finding as grave as this.
+        should_stop: Asked before each step; True ends the run as an interrupt does.
+        quiet: Print nothing.
+
+    Returns:
+        The directory, how the run ended, its metrics and the doctor's verdict.
+
+    Raises:
+        UserError: the recipe, an argument or the machine does not allow it.
+        RunFailed: the run began and could not go on.
+    """
+    for name, value, valid in (
+        ("device", device, ("auto", "cpu", "cuda")),
+        ("resume", resume, ("auto", "never")),
+        ("stop_on", stop_on, (None, "error", "warning")),
+    ):
+        if value not in valid:
+            near = did_you_mean(str(value), filter(None, valid))
+            raise UserError(f"{name}: should be {' or '.join(map(repr, valid))}, not {value!r}{near}")
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise UserError(f"steps: should be a whole number of 1 or more, or None for the whole run, not {steps!r}")
+    if isinstance(recipe, Recipe) and (lacking := list(filter(None, map(installed.unmet, recipe.requires)))):
+        raise UserError(*(f"requires: {line}" for line in lacking))
+    source = None if isinstance(recipe, Recipe) else fspath(recipe)
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+    from sslkit import launch  # brings torch, which takes seconds
+
+    try:
+        return launch.run(
+            chosen, source, steps=steps, device=device, run_dir=None if run_dir is None else fspath(run_dir),
+            resume=resume, strict=strict, stop_on=stop_on, console=_console(quiet),
+            should_stop=should_stop or (lambda: False),
+        )  # fmt: skip
+    except SslkitError as error:
+        raise type(error)(*map(in_python, error.lines)) from error.__cause__
+
+
+def examine(run_dir: str | PathLike[str]) -> Examination:
+    """What the doctor says of a run, while it goes on or after it: what `sslkit doctor` prints.
+
+    Returns:
+        `findings`, each with its id, severity, evidence and fix; `verdict`, one line; `text()`, all of it.
+
+    Raises:
+        UserError: there is no run.
+    """
+    return doctor.examine_run(Path(run_dir))
+
+
+# ---------------------------------------------------------------- the command line's words
+
+
+def in_python(text: str) -> str:
+    """What is said of options of the command line, said of the arguments of `train`."""
+    text = re.sub(r"""--set train\.accept='\["(\w+)"\]'""", r'accept=("\1",) in train', text)
+    text = text.replace("a larger --steps", "a larger value of steps")
+    text = text.replace("--allow-local-code", "allow_local_code=True")
+    text = re.sub(r"--(device|resume) (\w+)", r'\1="\2"', text)
+    text = re.sub(r"--(run-dir|steps|strict|stop-on)\b", lambda match: match[1].replace("-", "_"), text)
+    return text.replace("the same command goes on", "the same call goes on")
+
+
+def _console(quiet: bool) -> Any:
+    """Where a run prints: to the terminal as the command does, and plain lines in a notebook."""
+    from sslkit.progress import PatientConsole
+
+    class Words(PatientConsole):
+        def print(self, *objects: Any, **options: Any) -> None:
+            super().print(*(in_python(o) if isinstance(o, str) else o for o in objects), **options)
+
+    # Notebooks ask for colours (FORCE_COLOR), which rich takes for a terminal, where progress is drawn over itself.
+    terminal = None if sys.stdout is not None and sys.stdout.isatty() else False
+    return Words(quiet=quiet, force_jupyter=False, force_terminal=terminal)
