@@ -33,6 +33,7 @@ from sslkit.data import cache_folder, channel_statistics
 from sslkit.errors import RunFailed, SslkitError, UserError
 from sslkit.recipe import Recipe
 from sslkit.siamese import Encoder, Siamese
+from sslkit.words import spoken
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -87,7 +88,7 @@ def choose_device(wanted: str) -> torch.device:
         UserError: CUDA was asked for and is not there.
     """
     if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
+        raise UserError(f"{spoken().cuda}: torch sees no CUDA device here; use {spoken().cpu_or_auto}")
     return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
 
 
@@ -153,14 +154,17 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> P
     updater = _made(recipe.target_updater, lambda: recipe.target_updater.build(run))
     with randomness.seeded(run.seed, "backbone"):
         backbone = _made(recipe.backbone, lambda: recipe.backbone.build(run))
+    made = _tried(recipe.backbone, backbone, "feature_dim", torch.zeros(2, run.channels, *[run.views[0].size] * 2))
     with randomness.seeded(run.seed, "projector"):
-        projector = _made(recipe.projector, lambda: recipe.projector.build(_dim(backbone, "feature_dim"), run))
-    dim = _dim(projector, "out_dim")
+        projector = _made(recipe.projector, lambda: recipe.projector.build(made.shape[1], run))
+    made = _tried(recipe.projector, projector, "out_dim", made)
+    dim = made.shape[1]
     predictor = None
     if recipe.predictor is not None:
         spec = recipe.predictor
         with randomness.seeded(run.seed, "predictor"):
             predictor = _made(spec, lambda: spec.build(dim, run))
+        _tried(spec, predictor, "out_dim", made)
     with randomness.seeded(run.seed, "loss"):
         loss = _made(recipe.loss, lambda: recipe.loss.build(dim, run))
 
@@ -333,11 +337,23 @@ def _note_single_pixel(module: nn.Module, args: tuple[torch.Tensor, ...], name: 
         found.append(name)
 
 
-def _dim(module: nn.Module, attribute: str) -> int:
-    dim = getattr(module, attribute, None)
-    if not isinstance(dim, int):
-        raise RunFailed(f"{type(module).__name__} has no attribute {attribute!r}, which its kind promises")
-    return dim
+def _tried(spec: Component, network: nn.Module, attribute: str, given: torch.Tensor) -> torch.Tensor:
+    """What a network makes of a batch: one row for each, as wide as its attribute says.
+
+    Raises:
+        RunFailed: it is not so; training would only say that two matrices do not fit.
+    """
+    with evaluate.in_eval_mode(network), torch.random.fork_rng(devices=[]):
+        made = _made(spec, lambda: network(given))
+    width = getattr(network, attribute, None)
+    if not isinstance(made, torch.Tensor) or not isinstance(width, int) or made.shape != (len(given), width):
+        shape = list(made.shape) if isinstance(made, torch.Tensor) else type(made).__name__
+        promised = f"{attribute} = {width}" if isinstance(width, int) else f"no attribute {attribute!r}"
+        raise RunFailed(
+            f"{spec.kind} {registry.short_name(type(spec))!r} from {registry.provider_of(type(spec)).origin} gives "
+            f"{shape} for an input of {list(given.shape)}, and has {promised}; its kind promises [B, {attribute}]"
+        )
+    return made
 
 
 def _free(name: str, taken: dict[str, object]) -> str:

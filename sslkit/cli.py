@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import sslkit
-from sslkit import local, registry
+from sslkit import local, registry, words
 from sslkit.errors import SslkitError
 from sslkit.registry import KINDS, RULE
 
@@ -54,6 +54,7 @@ def _unexpected(error: Exception) -> str:
 @click.pass_context
 def main(ctx: click.Context, no_plugin: tuple[str, ...]) -> None:
     """Self-supervised learning of image representations: a method is a recipe of plugins."""
+    ctx.with_resource(words.speaking(words.COMMAND))
     ctx.with_resource(registry.without(no_plugin))
 
 
@@ -290,6 +291,7 @@ def describe(component: str, as_json: bool) -> None:
 @click.option("--channels", type=click.IntRange(min=1), default=3, show_default=True, help="Their channels.")
 @click.option("--fast", is_flag=True, help="Leave out what takes seconds: compiling, and two processes.")
 @click.option("--json", "as_json", is_flag=True, help="As JSON.")
+@local_code
 @leaving_out
 @click.pass_context
 def check_plugin(ctx: click.Context, /, component: str, overrides: tuple[str, ...], **how: Any) -> None:

@@ -167,7 +167,7 @@ class BackboneModule(Protocol):
         shapes: `[B, C, h, w]` -> `[B, feature_dim]`. C is `run.channels`. Sides are those of the views and, in
             evaluation, of what the view generator's `clean` gives. B is a micro-batch, several views of it with
             `train.forward = "together"`, or any number in evaluation.
-        dtype: float32 in; any floating dtype out. Losses and observers get float32.
+        dtype: float32 in. float32 out, and under autocast any floating dtype; losses and observers get float32.
         device: Built on the CPU and moved, in the memory format channels-last where the recipe says so. A tensor that
             `forward` makes goes where its input is.
         autocast: `forward` runs under autocast to bfloat16 where `train.precision` is `"bf16"`; weights stay float32.
@@ -192,8 +192,8 @@ class HeadModule(Protocol):
     Contract:
         shapes: `[B, in_dim]` -> `[B, out_dim]`. `in_dim` is the backbone's `feature_dim` for a projector, the
             projector's `out_dim` for a predictor. B as for a backbone.
-        dtype: What the part before it gives, which is bfloat16 under autocast; any floating dtype out. Losses and
-            observers get float32.
+        dtype: float32 in and out. Under autocast what the part before it gives, which is bfloat16, and any floating
+            dtype out; losses and observers get float32.
         device: Built on the CPU and moved. A tensor that `forward` makes goes where its input is.
         autocast: `forward` runs under autocast to bfloat16 where `train.precision` is `"bf16"`; weights stay float32.
         processes: Each process sees its share of the batch. Every trainable parameter takes part in every step, or
@@ -219,7 +219,8 @@ class LossModule(Protocol):
     Contract:
         shapes: Each list of `Branches` has V entries, `[B, feature_dim]` or `[B, d]`, and None for what `needs` left
             out. `total` and each term are 0-dim; a term's name is its key in `metrics.jsonl`.
-        dtype: Branches come in float32 or better, whatever the networks computed in, and `total` is so too.
+        dtype: Branches come in float32 or better, whatever the networks computed in, and `total` is so too: float32 or
+            float64.
         device: Built on the CPU and moved. A tensor that `forward` makes goes where the branches are.
         autocast: `forward` and `commit` run outside autocast.
         processes: Each process has its share of the batch. A loss that compares images with those of other processes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -132,6 +133,8 @@ class Examination:
     """Whether the run has ended, or has not begun: a verdict while it goes on is one so far."""
     unseen: bool = False
     """Whether the run was begun and nothing of its training is recorded."""
+    unproven: str = ""
+    """Why finding nothing does not make a run healthy, where it does not."""
 
     def count(self, severity: Severity) -> int:
         """Findings of one severity."""
@@ -160,7 +163,8 @@ class Examination:
             return f"not trustworthy: mend the {'error' if errors == 1 else f'{errors} errors'}{again}"
         if warnings:
             return f"usable, with {'a warning' if warnings == 1 else f'{warnings} warnings'} to look at"
-        return "healthy" if self.over else "healthy so far"
+        found = "healthy" if not self.unproven else "nothing found"
+        return f"{found}{'' if self.over else ' so far'}{f'; {self.unproven}' if self.unproven else ''}"
 
     @property
     def _began(self) -> bool:
@@ -223,12 +227,42 @@ def examine(course: Course, title: str, *, notes: Iterable[str] = (), accepted: 
         for f in found.values()
     ]
     if course.facts.recipe is None:  # another program's run: there is no key of a recipe to blame
-        meant = [replace(f, key="") for f in meant]
+        meant = [replace(f, key="", fix=without_keys(f.fix)) for f in meant]
     broken = rules()[1]
     over = course.status.get("status") in (None, "done", "failed", "lost")
     unseen = bool(course.status) and not course.step and not course.status.get("step")
     told = tuple(explained(meant))
-    return Examination(title, told, (*notes, *_figures(course), *broken), len(broken), over, unseen)
+    notes = (*notes, *_figures(course), *broken)
+    return Examination(title, told, notes, len(broken), over, unseen, _unproven(course))
+
+
+_SLOT = "backbone|data_source|loss|observers|optimizer|predictor|projector|target_updater|train|view_generator"
+_SET = rf"(?:{_SLOT})(?:\.\w+)+(?: = (?:\{{[^{{}}()]*\}}|\[[^()]*\]|'[^']*'|[\w.-]+))?"
+_KEYS = re.compile(rf"\s*\({_SET}(?:, {_SET})*\)")
+
+
+def without_keys(fix: str) -> str:
+    """What is to be done, without brackets that hold keys of a recipe and nothing else, as `(optimizer.lr)`."""
+    return _KEYS.sub("", fix)
+
+
+RISEN = 0.08
+"""By how much accuracy has to rise to be no chance, where the random network's is not known: three times what 1000
+images leave open."""
+
+
+def _unproven(course: Course) -> str:
+    """Why another program's accuracy does not show that anything is learnt; nothing if it does, or there is none."""
+    if course.facts.recipe is not None:
+        return ""
+    curves = [points for key in ("knn_top1", "probe_top1") if (points := course.points(key)).values]
+    if not curves or course.points("knn_top1").steps[:1] == [0]:
+        return ""
+    if any(len(c.values) > 2 and c.values[-1] >= c.values[0] + RISEN for c in curves):
+        return ""
+    few = max(len(c.values) for c in curves) < 3
+    why = "accuracy was measured once or twice" if few else "accuracy has not clearly risen"
+    return f"{why}, and there is no figure of the random network to compare with"
 
 
 def _figures(course: Course) -> list[str]:

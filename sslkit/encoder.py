@@ -217,8 +217,7 @@ def _components(tables: dict[str, Any], lock: Path, plugins: Sequence[Mapping[st
     try:
         return _Needed.model_validate_json(json.dumps(tables, default=str))
     except ValidationError as error:
-        lines = complaints.lines(error, tables, place, _Needed)
-        raise UserError(*(s.replace("--allow-local-code", "allow_local_code=True") for s in lines)) from None
+        raise UserError(*complaints.lines(error, tables, place, _Needed)) from None
 
 
 def _origin(plugins: Sequence[Mapping[str, str]], component: str) -> str:

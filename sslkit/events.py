@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, MutableMapping
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -11,7 +12,7 @@ import pluggy
 from sslkit import registry
 from sslkit.api import ImageSet, RunInfo, ViewMaker
 from sslkit.batch import Branches
-from sslkit.errors import RunFailed, SslkitError
+from sslkit.errors import RunFailed, SslkitError, UserError, did_you_mean
 
 if TYPE_CHECKING:
     import torch
@@ -68,7 +69,8 @@ class Hooks:
 
     @hookspec
     def run_started(self, run: Run) -> None:
-        """Before the first step of this process. `run.step` is 0 unless the run goes on from a checkpoint."""
+        """Before the first step of this process, and before every other event: what an observer records here is told
+        to the others when all have started. `run.step` is 0 unless the run goes on from a checkpoint."""
 
     @hookspec
     def step_ended(self, run: Run, branches: Branches) -> None:
@@ -102,16 +104,15 @@ class Bus:
         self.observers = dict(observers)
         self.failed_in = ""
         """The event in which an observer raised, if one did."""
+        self._held: list[tuple[str, dict[str, Any]]] | None = None
+        """Events that came while observers are being told that the run starts."""
+        if problems := [f"{self._called(name)}: {line}" for name, o in self.observers.items() for line in _misfits(o)]:
+            raise UserError(*problems)
         self.manager = pluggy.PluginManager("sslkit")
         self.manager.add_hookspecs(Hooks)
         # pluggy calls the last registered first; the recipe's order reads better.
-        try:
-            for name, observer in reversed(list(self.observers.items())):
-                self.manager.register(observer, name=name)
-            self.manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            text = " ".join(str(error).split())
-            raise RunFailed(f"an observer implements an event that does not exist: {text}") from None
+        for name, observer in reversed(list(self.observers.items())):
+            self.manager.register(observer, name=name)
 
     def emit(self, event: str, **arguments: Any) -> None:
         """Call every observer's hook for an event.
@@ -119,6 +120,18 @@ class Bus:
         Raises:
             RunFailed: an observer raised; the message says which, where and what.
         """
+        if self._held is not None:
+            self._held.append((event, arguments))
+            return
+        self._held = [] if event == "run_started" else None
+        try:
+            self._call(event, arguments)
+        finally:
+            held, self._held = self._held, None
+        for later, given in held or ():
+            self._call(later, given)
+
+    def _call(self, event: str, arguments: Mapping[str, Any]) -> None:
         try:
             getattr(self.manager.hook, event)(**arguments)
         except SslkitError:
@@ -134,10 +147,13 @@ class Bus:
             owner = frame.tb_frame.f_locals.get("self")
             for name, observer in self.observers.items():
                 if owner is observer:
-                    origin = registry.origin_of(type(observer).__module__)
-                    return f"observer {name!r}{origin and f' from {origin}'}"
+                    return self._called(name)
             frame = frame.tb_next
         return "an observer"
+
+    def _called(self, name: str) -> str:
+        origin = registry.origin_of(type(self.observers[name]).__module__)
+        return f"observer {name!r}{origin and f' from {origin}'}"
 
     def state_dict(self) -> dict[str, Any]:
         """The state of every observer that has some."""
@@ -148,3 +164,23 @@ class Bus:
         for name, observer in self.observers.items():
             if name in state and hasattr(observer, "load_state_dict"):
                 observer.load_state_dict(state[name])
+
+
+def _misfits(observer: object) -> list[str]:
+    """What is wrong with an observer's hooks: events that do not exist or do not give what is asked, missing marks."""
+    events = {name: list(signature(hook).parameters)[1:] for name, hook in vars(Hooks).items() if callable(hook)}
+    found = []
+    for name in dir(type(observer)):
+        method = getattr(type(observer), name, None)
+        if not callable(method):
+            continue
+        if not hasattr(method, "sslkit_impl"):
+            if name in events:
+                found.append(f"its method {name!r} is not marked; put @sslkit.events.observes above it")
+        elif name not in events:
+            listed = ", ".join(events)
+            found.append(f"there is no event {name!r}{did_you_mean(name, list(events))}; there are: {listed}")
+        elif unknown := sorted(set(list(signature(method).parameters)[1:]) - set(events[name])):
+            given = ", ".join(events[name])
+            found.append(f"{name} asks for {', '.join(unknown)}, which this event does not give; it gives: {given}")
+    return found

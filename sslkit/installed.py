@@ -6,12 +6,15 @@ The switches are kept in the environment, so that every process that this one st
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 import re
 import shlex
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
 
 from sslkit.errors import did_you_mean
 
@@ -158,3 +161,19 @@ def _version(distribution: str) -> str | None:
         return version(distribution)
     except (PackageNotFoundError, KeyError, TypeError):  # the latter two: its metadata is damaged
         return None
+
+
+def source_digest(package: str) -> str:
+    """Twelve hex digits over the Python files of a package, which is not imported; empty if there are none."""
+    try:
+        spec = find_spec(package)
+    except (ImportError, ValueError):
+        return ""
+    folders = [Path(folder) for folder in (spec.submodule_search_locations or ())] if spec else []
+    alone = [Path(spec.origin)] if spec and spec.origin and not folders else []
+    files = [*alone, *(file for folder in folders for file in sorted(folder.rglob("*.py")))]
+    try:
+        parts = [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    except OSError:
+        return ""
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:12] if parts else ""

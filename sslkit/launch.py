@@ -31,6 +31,7 @@ from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment
 from sslkit.stopping import StopSignals
 from sslkit.summary import announce, device_name, summarise
 from sslkit.trainer import Trainer
+from sslkit.words import COMMAND, spoken
 
 EXIT_CODES = {"interrupted": 130, "lost": 1}
 """What `sslkit train` ends with, by the status of its run; 0 for the others."""
@@ -106,12 +107,12 @@ def run(
     """
     where = choose_device(device)
     path = _choose_directory(recipe.name, run_dir, resume)
-    # A recipe with local code was read with leave, which its run's copy of that code then has too.
-    with _opened(path) as files, undisturbed(where), local.allowed(bool(recipe.local_parts())):
-        earlier = _earlier_recipe(files)
+    with _opened(path) as files, undisturbed(where):
+        earlier = _earlier_recipe(files, leave=local.is_allowed() or bool(recipe.local_parts()))
         if earlier is not None:
-            arguments = [] if source is None else [source, *(f"--set={o}" for o in overrides)]
-            arguments += ["--allow-local-code"] if arguments and recipe.local_parts() else []
+            given = source is not None and spoken() is COMMAND
+            arguments = [str(source), *(f"--set={o}" for o in overrides)] if given else []
+            arguments += ["--allow-local-code"] if given and recipe.local_parts() else []
             recipe = _compare(recipe, earlier, path, arguments)
             if _finished(files):
                 console.print(f"{path}: this run is finished", highlight=False)
@@ -152,7 +153,7 @@ def _train(
     stop = min(steps or parts.run.total_steps, parts.run.total_steps)
     # At the very end there is nothing to train, but a run that died there still has to be called done.
     if stop <= trainer.step < parts.run.total_steps:
-        say(console, f"{files.path} is at step {trainer.step} already; a larger --steps goes on")
+        say(console, f"{files.path} is at step {trainer.step} already; {spoken().more_steps} goes on")
         return "stopped"
     return _fit(trainer, display, signals, attending, stop, console)
 
@@ -191,11 +192,11 @@ def _fit(
     elif status == "lost":
         say(
             console,
-            f"ended at step {trainer.step} of {trainer.info.total_steps}, as --stop-on asks; all of it: sslkit doctor "
-            f"{shlex.quote(str(files.path))}",
+            f"ended at step {trainer.step} of {trainer.info.total_steps}, as {spoken().stop_on} asks; all of it: "
+            f"sslkit doctor {shlex.quote(str(files.path))}",
         )
     else:
-        how = "a larger --steps" if status == "stopped" else "the same command"
+        how = spoken().more_steps if status == "stopped" else spoken().again
         console.print(
             f"{status} at step {trainer.step} of {trainer.info.total_steps}; {how} goes on from there", highlight=False
         )
@@ -242,7 +243,8 @@ def _choose_directory(name: str, chosen: str | None, resume: str) -> Path:
     if resume == "auto" or not (path / "recipe.lock.toml").exists():
         return path
     if chosen:
-        raise UserError(f"{path}: holds a run already, and --resume never was given; choose another --run-dir")
+        given, beside = spoken().resume_never, spoken().run_dir
+        raise UserError(f"{path}: holds a run already, and {given} was given; choose another {beside}")
     number = 2
     while Path("runs", f"{name}-{number}").exists():
         number += 1
@@ -263,13 +265,23 @@ def _opened(path: Path) -> Iterator[RunDirectory]:
                 path.rmdir()
 
 
-def _earlier_recipe(files: RunDirectory) -> Recipe | None:
+def _earlier_recipe(files: RunDirectory, leave: bool) -> Recipe | None:
+    """The recipe of the run that is there. Leave for the new one's code is also leave for the copies of that run, and
+    for no other file: the directory may be a stranger's."""
     if not files.has_run:
         return None
     text = files.lock_file.read_text(encoding="utf-8")
     # A run that ended before its first checkpoint has nothing to lose: the directory is free.
     begun = files.checkpoints.is_dir() and any(files.checkpoints.iterdir())
-    return parse_recipe(text, str(files.lock_file)) if begun else None
+    try:
+        with local.allowed(leave and files.path.resolve() / local.FOLDER):
+            return parse_recipe(text, str(files.lock_file)) if begun else None
+    except UserError as error:
+        raise UserError(
+            f"{files.path}: holds a run whose recipe cannot be read here; choose another {spoken().run_dir}, or put "
+            "back the packages that it was trained with",
+            *(f"  {line}" for line in error.lines),
+        ) from None
 
 
 def _compare(recipe: Recipe, earlier: Recipe, path: Path, arguments: Sequence[str]) -> Recipe:
@@ -278,9 +290,11 @@ def _compare(recipe: Recipe, earlier: Recipe, path: Path, arguments: Sequence[st
         recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": earlier.train.compile})})
     if changed := differences(earlier, recipe):
         beside = f"--run-dir {shlex.quote(f'{path}-2')}"
-        way = f"to train the changed one: sslkit train {shlex.join(arguments)} {beside}"
+        way = f"choose another {spoken().run_dir} or name"
+        if arguments:
+            way = f"to train the changed one: sslkit train {shlex.join(arguments)} {beside}"
         raise UserError(
-            f"{path}: holds a run of another recipe; {way if arguments else 'choose another --run-dir or name'}",
+            f"{path}: holds a run of another recipe; {way}",
             *(f"  {change}" for change in changed),
         )
     return recipe
@@ -296,21 +310,41 @@ def _newest_checkpoint(files: RunDirectory, parts: Parts, console: Console) -> c
     if found is None and (problems or any(files.checkpoints.glob("damaged-*"))):
         raise UserError(
             *problems,
-            f"{files.path}: no checkpoint can be read; put a sound one back, or begin anew with another --run-dir",
+            f"{files.path}: no checkpoint can be read; put a sound one back, or begin anew with another "
+            f"{spoken().run_dir}",
         )
     for problem in problems:
         say(console, problem)
     if found and found.facts["data_fingerprint"] != parts.data.fingerprint:
         raise UserError(
             f"{files.path}: the data changed since this run began (fingerprint {found.facts['data_fingerprint']}, now "
-            f"{parts.data.fingerprint}); put the old data back, or start anew with another --run-dir"
+            f"{parts.data.fingerprint}); put the old data back, or start anew with another {spoken().run_dir}"
         )
     if found and parts.recipe.local_parts() and found.facts["recipe_hash"] != parts.recipe.hash():
         raise UserError(
-            f"{files.path}: the code in {files.path / 'local'} is not what the run was begun with; put the old one "
-            "back, or start anew with another --run-dir"
+            f"{files.path}: the code in {files.path / local.FOLDER} is not what the run was begun with; put the old "
+            f"one back, or start anew with another {spoken().run_dir}"
         )
+    for line in _other_code(found, parts.recipe) if found else ():
+        say(console, f"warning: {line}")
     return found
+
+
+def _other_code(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
+    """A line for each package that is not what it was when the checkpoint was written."""
+    before = {was["component"]: was for was in found.facts.get("plugins", [])}
+    changed: dict[str, list[str]] = {}
+    for now in recipe.provenance():
+        was = before.get(now["component"], now)
+        package = now["distribution"]
+        if was["version"] != now["version"]:
+            line = f"{package} was {was['version']} up to step {found.step} and is {now['version']} now"
+        elif was.get("source", now.get("source")) != now.get("source"):
+            line = f"the code of {package} {now['version']} is not what it was up to step {found.step}"
+        else:
+            continue
+        changed.setdefault(line, []).append(now["component"])
+    return [f"{line} ({', '.join(parts)}): what follows need not compare" for line, parts in changed.items()]
 
 
 # ---------------------------------------------------------------- errors

@@ -14,11 +14,13 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from sslkit import words
 from sslkit.errors import UserError, did_you_mean
 
 FOLDER = "local"
@@ -38,18 +40,27 @@ class Source:
 
 _loaded: dict[str, Source] = {}
 """Names of the modules that were made here."""
-_allowed = False
+_leave: ContextVar[bool | Path] = ContextVar("leave", default=False)
+"""Which files may be run: all, none, or those below a folder. Each thread has its own."""
 
 
 @contextmanager
-def allowed(yes: bool = True) -> Iterator[None]:
-    """Let recipes run code of local files, as `--allow-local-code` does; `allowed(False)` changes nothing."""
-    global _allowed
-    before, _allowed = _allowed, _allowed or yes
+def allowed(files: bool | Path = True) -> Iterator[None]:
+    """Let recipes run code of local files, as `--allow-local-code` does; `allowed(False)` changes nothing.
+
+    Args:
+        files: A resolved folder allows those below it, and takes back the leave for any other.
+    """
+    token = _leave.set(files or _leave.get())
     try:
         yield
     finally:
-        _allowed = before
+        _leave.reset(token)
+
+
+def is_allowed() -> bool:
+    """Whether there is leave to run any file."""
+    return _leave.get() is not False
 
 
 # ---------------------------------------------------------------- names
@@ -66,8 +77,12 @@ def shown(use: str) -> str:
     parts = split(use)
     if parts is None:
         return use
-    path = os.path.relpath(parts[0]) if parts[0].is_relative_to(Path.cwd()) else str(parts[0])
-    return f"{path}:{parts[1]}"
+    return f"{near(parts[0])}:{parts[1]}"
+
+
+def near(path: Path) -> str:
+    """A path as a reader would write it: from the working directory where it lies below that."""
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
 
 
 def anchored(tables: Any, folder: Path) -> Any:
@@ -95,15 +110,21 @@ def renamed(tables: Any, name: Callable[[str], str]) -> Any:
 # ---------------------------------------------------------------- loading
 
 
-def load(use: str, kind: str) -> type:
-    """The class that a local `use` names.
+def load(use: str) -> type:
+    """The class that a local `use` names, whatever kind it is of.
 
     Raises:
         UserError: leave was not given, or the file, its code or the class is not there.
     """
     path, name = split(use) or (Path(use), "")
-    if not _allowed:
-        raise UserError(f"{shown(use)} is code in a file, which using it would run; add --allow-local-code to allow it")
+    path = Path(os.path.normpath(Path.cwd() / path))
+    leave = _leave.get()
+    if leave is False:
+        raise UserError(
+            f"{shown(use)} is code in a file, which using it would run; add {words.spoken().local_code} to allow it"
+        )
+    if isinstance(leave, Path) and not path.resolve().is_relative_to(leave):
+        raise UserError(f"{shown(use)} is code outside {near(leave)}, where a run keeps its own, and was not run")
     source = _read(path)
     module = _module(source, use)
     found = getattr(module, name, None)
@@ -111,8 +132,6 @@ def load(use: str, kind: str) -> type:
         classes = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == module.__name__]
         listed = f" (it has {', '.join(classes)})" if classes else ""
         raise UserError(f"{shown(use)}: the file has no class {name}{did_you_mean(name, classes)}{listed}")
-    if getattr(found, "kind", None) != kind or not hasattr(found, "model_fields"):
-        raise UserError(f"{shown(use)} is not a {kind}: derive it from the {kind}'s class in sslkit.api")
     return found
 
 
@@ -120,10 +139,10 @@ def _read(path: Path) -> Source:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        near = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")])
-        raise UserError(f"{shown(f'{path}:x')[:-2]}: no such file{near}") from None
+        alike = did_you_mean(path.name, [other.name for other in path.parent.glob("*.py")])
+        raise UserError(f"{near(path)}: no such file{alike}") from None
     except OSError as error:
-        raise UserError(f"{shown(f'{path}:x')[:-2]}: cannot be read: {error.strerror}") from None
+        raise UserError(f"{near(path)}: cannot be read: {error.strerror}") from None
     return Source(path, text, hashlib.sha256(text).hexdigest())
 
 
@@ -136,20 +155,40 @@ def _module(source: Source, use: str) -> ModuleType:
     module = ModuleType(name)
     module.__file__ = str(source.path)
     sys.modules[name] = module  # before the code runs: pydantic reads a class's source by its module
-    try:
-        with redirect_stdout(sys.stderr):  # stdout may be JSON for another program
+    with importing(shown(use), lambda error: _told(error, source.path)):
+        try:
             exec(compile(source.text, str(source.path), "exec"), module.__dict__)
-    except BaseException as error:  # sys.exit() too
-        del sys.modules[name]
-        if isinstance(error, KeyboardInterrupt):
+        except BaseException:
+            del sys.modules[name]
             raise
-        raise UserError(f"{shown(use)} failed to import: {_told(error, source.path)}") from error
     _loaded[name] = source
     return module
 
 
+@contextmanager
+def importing(called: str, told: Callable[[BaseException], str]) -> Iterator[None]:
+    """Run a stranger's module inside: whatever it raises, `sys.exit()` too, is a UserError about what is called so."""
+    try:
+        with redirect_stdout(sys.stderr):  # stdout may be JSON for another program
+            yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        raise UserError(f"{called} failed to import: {told(error)}") from error
+
+
+def in_short(error: BaseException) -> str:
+    """The type of an error and the first line of its text."""
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its repr where it has none."""
+    return (str(error).strip() or repr(error)).partition("\n")[0]
+
+
 def _told(error: BaseException, path: Path) -> str:
-    text = f"{type(error).__name__}: {(str(error).strip() or repr(error)).partition(chr(10))[0]}"
+    text = in_short(error)
     if isinstance(error, SyntaxError):
         return text
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]

@@ -22,7 +22,7 @@ class Panel:
     One step of a loop calls, in this order:
 
         panel.before_update(online, target)                 # only before an update that will be recorded
-        ... optimizer.step(), target update ...
+        ... optimizer.step(), target update, in this order or the other ...
         panel.step(branches)                                # every step
         record |= panel.scalars(branches, online, target)   # only at a step that is recorded
         record |= panel.spectra()                           # now and then, such as once an epoch
@@ -41,12 +41,25 @@ class Panel:
         self.sample, self.images = sample, images
         self._before: tuple[Tensor, Tensor] | None = None
         """The target's and the online network's sampled parameters before the update."""
+        self._entire = True
 
-    def before_update(self, online: nn.Module, target: nn.Module | None) -> None:
+    def before_update(self, online: nn.Module, target: nn.Module | None, *, entire: bool = True) -> None:
         """Note the sampled parameters as they are before an update. Parameters are paired by name and shape, so the
-        online network may have a predictor besides."""
+        online network may have a predictor besides.
+
+        Args:
+            online: the online network.
+            target: the target, if there is one.
+            entire: whether the update is certain to lie between here and `scalars`. If it may have been made before,
+                a target that stands still says nothing: both figures of the update are then NaN.
+        """
         mine, theirs = shared_parameters(online, target)
+        self._entire = entire
         self._before = (_sampled(theirs, self.sample), _sampled(mine, self.sample)) if mine else None
+
+    def forget(self) -> None:
+        """Drop what `before_update` noted."""
+        self._before = None
 
     def step(self, branches: Branches) -> None:
         """Add the first view's embeddings and projections (of those that are not None) to the rings."""
@@ -76,10 +89,12 @@ class Panel:
             found["target_drift"], found["target_norm_ratio"] = health.target_drift(mine, theirs)
         if mine and self._before is not None:
             (old, read), new = self._before, _sampled(theirs, self.sample)
-            found["target_step"] = health.target_step(old, new)
+            moved = health.target_step(old, new)
             # Most update the target after the optimizer's step, some before the next one.
-            found["tau_measured"] = health.tau_measured(old, new, [_sampled(mine, self.sample), read])
-        self._before = None
+            tau = health.tau_measured(old, new, [_sampled(mine, self.sample), read])
+            for name, value in (("target_step", moved), ("tau_measured", tau)):
+                found[name] = value if self._entire else torch.where(moved > 0, value, math.nan)
+        self.forget()
         return found
 
     def spectra(self) -> dict[str, float]:

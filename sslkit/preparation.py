@@ -18,6 +18,7 @@ from sslkit.progress import say
 from sslkit.recipe import Recipe
 from sslkit.rules import Facts, Finding
 from sslkit.sources import place
+from sslkit.words import spoken
 
 
 def prepare(
@@ -70,7 +71,7 @@ def tell_findings(
             continue
         at = ": ".join(filter(None, [finding.where, finding.key]))
         line = f"{at or source or known.name}: {finding.sentence}"
-        accept = f"--set train.accept='[\"{finding.id}\"]'"
+        accept = spoken().accept.format(id=finding.id)
         if finding.severity == "error" or strict:
             refused.append(f"{line} (to train all the same: {accept})")
         else:

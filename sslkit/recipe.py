@@ -53,8 +53,11 @@ DEFAULT_OBSERVERS = ("health", "knn", "probe", "tensorboard", "report")
 RecipeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
+_BATCH_NORM = r"^(local|split:([2-9]|[1-9]\d+))$"
+
+
 def _batch_norm(text: str) -> str:
-    if text != "local" and not re.fullmatch(r"split:([2-9]|[1-9]\d+)", text):
+    if not re.fullmatch(_BATCH_NORM, text):
         raise PydanticCustomError("batch_norm", "should be 'local' or 'split:N' with N of 2 or more")
     return text
 
@@ -65,6 +68,10 @@ def _requirement(text: str) -> str:
             "requirement", "should be a requirement such as 'sslkit-vicreg>=0.2' ({problem})", {"problem": problem}
         )
     return text
+
+
+# An editor sees that much of it; reading sees the rest.
+Requirement = Annotated[str, AfterValidator(_requirement), Field(json_schema_extra={"pattern": r"^\s*[A-Za-z0-9]"})]
 
 
 def _with_defaults(observers: object, info: ValidationInfo) -> object:
@@ -104,7 +111,7 @@ class Train(BaseModel):
     forward: Literal["separate", "together"] = "separate"
     """`separate` forwards one view at a time, with BatchNorm statistics of one view as in the authors' code;
     `together` forwards all views of one size at once: faster for small batches, other statistics."""
-    batch_norm: Annotated[str, AfterValidator(_batch_norm)] = "local"
+    batch_norm: Annotated[str, AfterValidator(_batch_norm), Field(json_schema_extra={"pattern": _BATCH_NORM})] = "local"
     """`local`: BatchNorm takes its statistics from all images that are forwarded at once. `split:N`: from N equal
     groups of them apart, as if each lay on a device of its own, and the target sees the images in another order:
     MoCo's shuffled BatchNorm (He et al. 2020, section 3.3)."""
@@ -159,7 +166,7 @@ class Recipe(BaseModel):
     """Letters, digits, dots, dashes and underscores. The run directory is `runs/NAME` unless told otherwise."""
     seed: NonNegativeInt = 0
     """All randomness is keyed by it: weights, data order, views."""
-    requires: Annotated[tuple[Annotated[str, AfterValidator(_requirement)], ...], Incidental] = ()
+    requires: Annotated[tuple[Requirement, ...], Incidental] = ()
     """Packages that have to be installed, as pip names them: `["sslkit-vicreg>=0.2"]`. Those of a base stay."""
     data_source: Annotated[SerializeAsAny[DataSource], slot("data_source")]
     """Where images come from."""
@@ -187,13 +194,18 @@ class Recipe(BaseModel):
     ] = ()
     """Who looks on. health, knn, probe, tensorboard and report do unless switched off with `enabled = false`."""
 
-    def replace(self, **changes: Any) -> Recipe:
+    def replace(self, *, allow_local_code: bool = False, **changes: Any) -> Recipe:
         """The recipe with other values for some of its keys: `recipe.replace(loss=NTXent(), predictor=None)`.
+
+        Args:
+            allow_local_code: Let the changes run code of files (`projector={"use": "./my_head.py:WideHead"}`).
+            changes: By key.
 
         Raises:
             pydantic.ValidationError: a key is unknown or its value does not belong there.
         """
-        return type(self).model_validate({**dict(self), **changes})
+        with local.allowed(allow_local_code):
+            return type(self).model_validate({**dict(self), **changes})
 
     def to_toml(self) -> str:
         """The recipe with every option spelt out, ready to be trained again. What is unset is left out."""

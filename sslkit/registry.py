@@ -17,13 +17,13 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import Distribution, EntryPoint, distributions, entry_points
 from pathlib import Path
 from typing import Any, TypeVar
 
-from sslkit import installed, local
+from sslkit import installed, local, words
 from sslkit.errors import UserError, did_you_mean
 
 GROUP = "sslkit"
@@ -85,19 +85,27 @@ class Provider:
         return f"{self.kind}.{self.name}"
 
     @property
+    def top(self) -> str:
+        """The package that its module is in."""
+        return self.target.partition(":")[0].partition(".")[0]
+
+    @property
     def origin(self) -> str:
         if self.distribution == LOCAL:
             return f"{local.shown(self.target).rpartition(':')[0]} ({self.version[:19]})"
         return f"{self.distribution} {self.version}"
 
     def provenance(self) -> dict[str, str]:
-        """What a run records of where a component came from."""
+        """What a run records of where a component came from; of others' packages, also a digest of their code."""
+        foreign = self.distribution not in (installed.OURS, LOCAL)
+        digest = installed.source_digest(self.top) if foreign else ""
         short = self.name.rpartition(":")[2]  # a local component's name holds its path, which `target` tells
         return {
             "component": f"{self.kind}.{short}",
             "target": self.target,
             "distribution": self.distribution,
             "version": self.version,
+            **({"source": digest} if digest else {}),
         }
 
 
@@ -128,8 +136,7 @@ def _entries() -> list[EntryPoint]:
             try:
                 sound.setdefault(name, list(distribution.entry_points.select(group=GROUP)))
             except Exception as error:
-                told = f"{type(error).__name__}: {_first_line(error)}"
-                _damaged.append(f"{name}: its entry_points.txt cannot be read: {told}")
+                _damaged.append(f"{name}: its entry_points.txt cannot be read: {local.in_short(error)}")
         return [entry for entries in sound.values() for entry in entries]
 
 
@@ -221,7 +228,25 @@ def load(kind: str, name: str) -> Any:
     Raises:
         UserError: as `find`, or the package that offers it fails to import, or is made for another sslkit.
     """
-    return local.load(name, kind) if local.split(name) else _load(find(kind, name))
+    if local.split(name):
+        return check_kind(local.load(name), kind, local.shown(name))
+    return _load(find(kind, name))
+
+
+def check_kind(found: object, kind: str, called: str) -> type:
+    """The class that was found under a name, if it is a component of the kind that is wanted.
+
+    Raises:
+        UserError: it is not; `called` is how the line begins.
+    """
+    if not isinstance(found, type):
+        raise UserError(f"{called} is not a class")
+    stated = getattr(found, "kind", None)
+    derived = any(vars(base).get("kind") == kind for base in found.__mro__ if base.__module__ == "sslkit.api")
+    if not derived or stated != kind:
+        other = f" but a {stated}" if stated in KINDS and stated != kind else ""
+        raise UserError(f"{called} is not a {kind}{other}; derive it from the {kind}'s class in sslkit.api")
+    return found
 
 
 @cached
@@ -231,27 +256,17 @@ def _load(provider: Provider) -> Any:
         raise UserError(f"{called} {provider.problem}: install versions that fit each other")
     assert provider.entry_point is not None  # local components are not loaded here
     try:
-        with redirect_stdout(sys.stderr):  # stdout may be JSON for another program
+        with local.importing(called, local.in_short):
             loaded = provider.entry_point.load()
-    except KeyboardInterrupt:
+    except UserError:
+        if problem := installed.wrong_api(_stated_api(provider.top)):  # it may import what only another version has
+            raise UserError(f"{called} {problem}") from None
         raise
-    except BaseException as error:  # whatever a stranger's module raises at import is their package's fault
-        raise UserError(f"{called} failed to import: {type(error).__name__}: {_first_line(error)}") from error
-    top = sys.modules.get(provider.target.partition(":")[0].partition(".")[0])
-    if problem := installed.wrong_api(getattr(top, "SSLKIT_API", None)):
+    if problem := installed.wrong_api(getattr(sys.modules.get(provider.top), "SSLKIT_API", None)):
         raise UserError(f"{called} {problem}")
     if provider.kind == RULE:
         return loaded
-    if not isinstance(loaded, type):
-        raise UserError(f"{called}: {provider.target} is not a class")
-    kind = getattr(loaded, "kind", None)
-    if kind != provider.kind or not hasattr(loaded, "model_fields"):
-        told = f" but a {kind}" if isinstance(kind, str) and kind in KINDS and kind != provider.kind else ""
-        raise UserError(
-            f"{called}: {provider.target} is not a {provider.kind}{told}; a component derives from the class of its "
-            "kind in sslkit.api"
-        )
-    return loaded
+    return check_kind(loaded, provider.kind, f"{called}: {provider.target}")
 
 
 def name_of(component: type) -> str:
@@ -279,22 +294,22 @@ def provider_of(component: type) -> Provider:
         return Provider(getattr(component, "kind", ""), use, use, LOCAL, f"sha256:{source.digest}", None)
     top = component.__module__.partition(".")[0]
     for provider in providers():
-        module, _, attribute = provider.target.partition(":")
-        likely = attribute == component.__qualname__ and module.partition(".")[0] == top
+        likely = provider.target.partition(":")[2] == component.__qualname__ and provider.top == top
         if likely and _load(provider) is component:
             return provider
     raise UserError(
         f"{component.__module__}:{component.__qualname__} has no entry point in the group {GROUP!r}; add one to its "
-        "package's pyproject.toml and install the package again"
+        "package's pyproject.toml and install the package again, or put the class into a file of its own and name it "
+        f"by use = './FILE.py:{component.__name__}' with {words.spoken().local_code}"
     )
 
 
 def origin_of(module: str) -> str:
     """The package and version whose components are in a module's top package, or the local file; empty if neither."""
     if source := local.source_in(module):
-        return local.shown(f"{source.path}:x")[:-2]
+        return local.near(source.path)
     top = module.partition(".")[0]
-    owners = (p.origin for p in providers() if p.target.partition(":")[0].partition(".")[0] == top)
+    owners = (p.origin for p in providers() if p.top == top)
     return next(owners, "")
 
 
@@ -307,15 +322,15 @@ def described(provider: Provider) -> tuple[str, str]:
     module, _, attribute = provider.target.partition(":")
     if provider.kind not in (*KINDS, RULE):
         return "", f"unknown kind {provider.kind!r}{did_you_mean(provider.kind, (*KINDS, RULE))}"
-    if provider.problem:
-        return "", provider.problem
+    if problem := provider.problem or installed.wrong_api(_stated_api(provider.top)):
+        return "", problem
     path = _source(module)
     if path is None:
         return "", f"module {module} is not there"
     try:
         statements = _statements(path)
-    except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
-        return "", f"{path.name} cannot be read: {_first_line(error)}"
+    except _UNREADABLE as error:
+        return "", f"{path.name} cannot be read: {local.first_line(error)}"
     for node in statements:
         if isinstance(node, ast.ClassDef) and node.name == attribute:
             return (ast.get_docstring(node) or "").partition("\n")[0], ""
@@ -326,9 +341,29 @@ def described(provider: Provider) -> tuple[str, str]:
     return "", f"{module} has no {'rule' if provider.kind == RULE else 'class'} {attribute}"
 
 
+_UNREADABLE = (OSError, SyntaxError, ValueError, RecursionError, MemoryError)
+
+
 @cached
 def _statements(path: Path) -> list[ast.stmt]:
     return ast.parse(path.read_text(encoding="utf-8")).body
+
+
+def _stated_api(top: str) -> object:
+    """The `SSLKIT_API` of a plugin's top module, read without importing it; None where none stands there as it is."""
+    path = _source(top)
+    try:
+        statements = _statements(path) if path else []
+    except _UNREADABLE:
+        return None
+    for node in statements:
+        targets = (
+            node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
+        )
+        if any(isinstance(t, ast.Name) and t.id == "SSLKIT_API" for t in targets):
+            value = getattr(node, "value", None)
+            return value.value if isinstance(value, ast.Constant) else None
+    return None
 
 
 def _said(call: ast.expr) -> str:
@@ -357,7 +392,3 @@ def _source(module: str) -> Path | None:
             if path.is_file():
                 return path
     return None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).partition("\n")[0]

@@ -128,6 +128,9 @@ class Facts(_Known):
     # views
     view_difference: tuple[float, float] | None = None
     """Mean and largest |v1 - v2| of normalised pixels, over 64 images and all pairs of views of one size."""
+    pairs_agree: float | None = None
+    """How much nearer the two views of an image are to one another than to views of other images: standard errors above
+    chance, by the measure of pixels or embeddings that tells them best."""
     clean_scale: tuple[float, float] | None = None
     """The same of images as they are measured, without augmentation."""
     view_scale: tuple[float, float] | None = None

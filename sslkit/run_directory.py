@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from sslkit import local
+from sslkit import local, words
 from sslkit.errors import RunFailed, UserError
 from sslkit.files import in_one_piece
 
@@ -42,7 +42,7 @@ class RunDirectory:
             probe.unlink()
         except OSError as error:
             raise UserError(
-                f"{path}: cannot be written: {error.strerror or error}; choose another place with --run-dir"
+                f"{path}: cannot be written: {error.strerror or error}; choose another {words.spoken().run_dir}"
             ) from None
         # The operating system lets go of the lock if the process dies, so a crash leaves nothing to clean up.
         self._lock = FileLock(path / ".lock")
@@ -50,7 +50,7 @@ class RunDirectory:
             self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{path}: another process is training in this directory; choose another --run-dir"
+                f"{path}: another process is training in this directory; choose another {words.spoken().run_dir}"
             ) from None
         self._metrics: Any = None
         self.lasting: dict[str, Any] = {}
@@ -91,8 +91,14 @@ class RunDirectory:
 
         Returns:
             The new `use` of each component, as the lock file says it, by its old one.
+
+        Raises:
+            UserError: the folder that they go into is a link, which leads out of the run's directory.
         """
         sources = {local.use_of(cls): source for cls in classes if (source := local.source_of(cls))}
+        folder = self.path / local.FOLDER
+        if sources and folder.is_symlink():
+            raise UserError(f"{folder}: is a link, and the run's code is kept in a folder of its own; remove the link")
         names = local.kept_names(list(sources.values()))
         for source in sources.values():
             self.write(f"{local.FOLDER}/{names[source.path]}", source.text)

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from sslkit import doctor, installed, local
+from sslkit import doctor, installed, local, registry
 from sslkit.doctor import Examination
-from sslkit.errors import SslkitError, UserError, did_you_mean
+from sslkit.errors import UserError, did_you_mean
 from sslkit.recipe import Recipe, read_recipe
 from sslkit.sources import is_path
 
@@ -35,11 +34,8 @@ def load_recipe(
     name = fspath(source)
     if isinstance(source, Path) and not is_path(name):
         name = f"./{name}"
-    try:
-        with local.allowed(allow_local_code):
-            return read_recipe(name, [overrides] if isinstance(overrides, str) else overrides)
-    except UserError as error:
-        raise UserError(*map(in_python, error.lines)) from None
+    with local.allowed(allow_local_code):
+        return read_recipe(name, [overrides] if isinstance(overrides, str) else overrides)
 
 
 def train(
@@ -53,6 +49,7 @@ def train(
     stop_on: Literal["error", "warning"] | None = None,
     should_stop: Callable[[], bool] | None = None,
     quiet: bool = False,
+    allow_local_code: bool = False,
 ) -> Result:
     """Train a recipe, or go on where an earlier call or command stopped: what `sslkit train` does.
 
@@ -74,6 +71,7 @@ def train(
         stop_on: End the run, with a checkpoint and the status `lost`, at the first finding as grave as this.
         should_stop: Asked before each step; True ends the run as an interrupt does.
         quiet: Print nothing.
+        allow_local_code: As `load_recipe` takes it, where `recipe` is not a `Recipe` already.
 
     Returns:
         The directory, how the run ended, its metrics and the doctor's verdict.
@@ -95,18 +93,32 @@ def train(
     if isinstance(recipe, Recipe) and (lacking := list(filter(None, map(installed.unmet, recipe.requires)))):
         raise UserError(*(f"requires: {line}" for line in lacking))
     source = None if isinstance(recipe, Recipe) else fspath(recipe)
-    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+    chosen = recipe if isinstance(recipe, Recipe) else load_recipe(recipe, allow_local_code=allow_local_code)
+    _check_named(chosen)
 
     from sslkit import launch  # brings torch, which takes seconds
 
-    try:
-        return launch.run(
-            chosen, source, steps=steps, device=device, run_dir=None if run_dir is None else fspath(run_dir),
-            resume=resume, strict=strict, stop_on=stop_on, console=_console(quiet),
-            should_stop=should_stop or (lambda: False),
-        )  # fmt: skip
-    except SslkitError as error:
-        raise type(error)(*map(in_python, error.lines)) from error.__cause__
+    return launch.run(
+        chosen, source, steps=steps, device=device, run_dir=None if run_dir is None else fspath(run_dir),
+        resume=resume, strict=strict, stop_on=stop_on, console=_console(quiet),
+        should_stop=should_stop or (lambda: False),
+    )  # fmt: skip
+
+
+def _check_named(recipe: Recipe) -> None:
+    """A run records where each of its parts is from, so that it can be repeated.
+
+    Raises:
+        UserError: one line for each part that came from no package and no file, such as a class of a notebook.
+    """
+    lacking = []
+    for slot, part in recipe.parts():
+        try:
+            registry.provider_of(type(part))
+        except UserError as error:
+            lacking += [f"{slot}: {line}" for line in error.lines]
+    if lacking:
+        raise UserError(*dict.fromkeys(lacking))
 
 
 def examine(run_dir: str | PathLike[str]) -> Examination:
@@ -121,27 +133,10 @@ def examine(run_dir: str | PathLike[str]) -> Examination:
     return doctor.examine_run(Path(run_dir))
 
 
-# ---------------------------------------------------------------- the command line's words
-
-
-def in_python(text: str) -> str:
-    """What is said of options of the command line, said of the arguments of `train`."""
-    text = re.sub(r"""--set train\.accept='\["(\w+)"\]'""", r'accept=("\1",) in train', text)
-    text = text.replace("a larger --steps", "a larger value of steps")
-    text = text.replace("--allow-local-code", "allow_local_code=True")
-    text = re.sub(r"--(device|resume) (\w+)", r'\1="\2"', text)
-    text = re.sub(r"--(run-dir|steps|strict|stop-on)\b", lambda match: match[1].replace("-", "_"), text)
-    return text.replace("the same command goes on", "the same call goes on")
-
-
 def _console(quiet: bool) -> Any:
     """Where a run prints: to the terminal as the command does, and plain lines in a notebook."""
     from sslkit.progress import PatientConsole
 
-    class Words(PatientConsole):
-        def print(self, *objects: Any, **options: Any) -> None:
-            super().print(*(in_python(o) if isinstance(o, str) else o for o in objects), **options)
-
     # Notebooks ask for colours (FORCE_COLOR), which rich takes for a terminal, where progress is drawn over itself.
     terminal = None if sys.stdout is not None and sys.stdout.isatty() else False
-    return Words(quiet=quiet, force_jupyter=False, force_terminal=terminal)
+    return PatientConsole(quiet=quiet, force_jupyter=False, force_terminal=terminal)

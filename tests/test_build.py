@@ -57,16 +57,29 @@ class Dimless(Backbone):
         return torch.nn.Flatten()
 
 
+class Untrue(Backbone):
+    """Has another width than it says."""
+
+    def build(self, run: object) -> torch.nn.Module:
+        network = torch.nn.Flatten()
+        network.feature_dim = 8  # type: ignore[assignment]
+        return network
+
+
 @pytest.mark.parametrize(
     ("component", "says"),
-    [(Failing(), "backbone 'mine' from mine 1.0 failed to build: KeyError"), (Dimless(), "no attribute 'feature_dim'")],
+    [
+        (Failing(), "backbone 'mine' from mine 1.0 failed to build: KeyError"),
+        (Dimless(), "no attribute 'feature_dim'"),
+        (Untrue(), r"gives \[2, \d+\] for an input of \[2, .*\], and has feature_dim = 8; its kind promises \[B, feat"),
+    ],
 )
 def test_a_component_that_breaks_its_contract_is_named(
     component: Backbone, says: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changed = recipe().model_copy(update={"backbone": component})
     real, mine = registry.provider_of, registry.Provider("backbone", "mine", "m:C", "mine", "1.0", None)
-    monkeypatch.setattr(registry, "provider_of", lambda cls: mine if cls in (Failing, Dimless) else real(cls))
+    monkeypatch.setattr(registry, "provider_of", lambda cls: mine if cls in (Failing, Dimless, Untrue) else real(cls))
     with pytest.raises(RunFailed, match=says):
         build(changed, CPU, print)
 

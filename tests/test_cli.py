@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
+from conftest import Install
 
+from sslkit import registry
 from sslkit.cli import main
 
 
@@ -261,6 +263,47 @@ def test_resume_never_begins_a_new_run_beside_the_old_one(tiny: Path) -> None:
     assert json.loads(Path("runs/tiny/status.json").read_text())["step"] == 2
     refused = run("train", str(tiny), "--run-dir", "runs/tiny", "--resume", "never")
     assert refused.exit_code == 2
+
+
+HALF = '''
+from sslkit.api import Schedule
+
+
+class Half(Schedule):
+    """Half of a number."""
+
+    number: float = 0.2
+    """The number."""
+
+    def build(self, run):
+        return lambda step: self.number / 2
+'''
+
+
+def test_another_code_or_version_of_a_plugin_is_told_on_going_on(tiny: Path, install: Install) -> None:
+    info = install("sslkit-half", "schedule.half = half_plugin:Half", {"half_plugin": HALF})
+    words = ["--set", "optimizer.lr={ use = 'half' }", "--steps"]
+    assert run("train", str(tiny), *words, "4").exit_code == 0
+    assert "sslkit-half" not in run("train", str(tiny), *words, "8").stdout
+    module = info.parent / "half_plugin.py"
+    module.write_text(HALF.replace("/ 2", "/ 2.0"))
+    said = " ".join(run("train", str(tiny), *words, "12").stdout.split())
+    assert "warning: the code of sslkit-half 1.0 is not what it was up to step 8 (schedule.half)" in said
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: sslkit-half\nVersion: 1.1\n")
+    registry.clear()
+    said = " ".join(run("train", str(tiny), *words, "16").stdout.split())
+    assert "warning: sslkit-half was 1.0 up to step 12 and is 1.1 now (schedule.half)" in said
+
+
+def test_a_run_whose_recipe_cannot_be_read_any_more_is_named(tiny: Path) -> None:
+    assert run("train", str(tiny), "--steps", "4").exit_code == 0
+    lock = Path("runs/tiny/recipe.lock.toml")
+    lock.write_text(lock.read_text().replace("hidden_dim", "hidden_dims", 1))
+    refused = run("train", str(tiny), "--steps", "8")
+    assert refused.exit_code == 2
+    first, second, *_ = refused.stderr.splitlines()
+    assert first.startswith("runs/tiny: holds a run whose recipe cannot be read here; choose another --run-dir")
+    assert "unknown option; did you mean 'hidden_dim'" in second
 
 
 def test_changed_data_is_refused_on_going_on(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

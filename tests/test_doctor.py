@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -93,6 +94,42 @@ def test_the_text_has_figures_cause_fix_and_source() -> None:
 @pytest.mark.usefixtures("three")
 def test_another_programs_run_is_not_told_of_keys_of_a_recipe() -> None:
     assert examine(Course(Facts(batch_size=4)), "a run").findings[0].key == ""
+
+
+@pytest.mark.parametrize(
+    ("fix", "left"),
+    [
+        ("lower the rate (optimizer.lr), clip (train.clip_grad_norm)", "lower the rate, clip"),
+        ("compare (train.precision = 'fp32'); then", "compare; then"),
+        ("both (loss.temperature, loss.x) at once", "both at once"),
+        ("tau (target_updater.tau = { use = 'cosine', start = 0.99, end = 1.0 })", "tau"),
+        ("warm up (loss.t = { use = 'piecewise', points = [[0.0, 0.04], [0.1, 0.07]] })", "warm up"),
+        ("1 - (1 - base) (cos(pi*k/K) + 1) / 2", "1 - (1 - base) (cos(pi*k/K) + 1) / 2"),
+        ("normalise (torch.nn.functional.normalize)", "normalise (torch.nn.functional.normalize)"),
+        ("(see the recipe simsiam_cifar10)", "(see the recipe simsiam_cifar10)"),
+        ("set it (no optimizer.groups for it)", "set it (no optimizer.groups for it)"),
+        ("a reference (losses.py) and (loss)", "a reference (losses.py) and (loss)"),
+    ],
+)
+def test_a_fix_without_a_recipe_has_no_brackets_of_its_keys(fix: str, left: str) -> None:
+    assert doctor.without_keys(fix) == left
+
+
+def test_no_rules_fix_is_mangled_where_its_keys_are_left_out() -> None:
+    def outside(text: str) -> str:
+        while (fewer := re.sub(r"\s*\([^()]*\)", "", text)) != text:
+            text = fewer
+        return text
+
+    changed = 0
+    for name, rule in doctor.rules()[0].items():
+        left = doctor.without_keys(rule.fix)
+        changed += left != rule.fix
+        assert outside(left) == outside(rule.fix), name
+        assert left.count("(") == left.count(")"), name
+        assert left.strip(), name
+        assert not re.search(r"\((?:loss|optimizer|train|target_updater|projector)\.[\w.]+\)", left), name
+    assert changed > 30
 
 
 @pytest.mark.usefixtures("three")

@@ -62,6 +62,10 @@ def test_images_are_taken_as_bytes_and_as_floats(run: Path) -> None:
     assert features.shape == (40, encoder.feature_dim)
     assert torch.equal(encoder(pictures.float() / 255), features)
     assert torch.equal(encoder(pictures.double() / 255 + 1e-4), features), "within half a level"
+    assert torch.equal(encoder(pictures.double() / 255 - 1e-4), features), "rounded, not cut off"
+    black, white = torch.zeros(1, 3, 16, 16), torch.ones(1, 3, 16, 16)
+    assert torch.equal(encoder(black - 0.005), encoder(black)), "resizing makes a little less than 0"
+    assert torch.equal(encoder(white * 1.005), encoder(white)), "and a little more than 1"
     parts = torch.cat([encoder(part) for part in pictures.split(16)])
     assert torch.equal(encoder.features(pictures, batch_size=16), parts)
     with pytest.raises(sslkit.UserError, match=r"on the scale 0\.\.1 .* go from 0 to 255"):
@@ -70,6 +74,29 @@ def test_images_are_taken_as_bytes_and_as_floats(run: Path) -> None:
         encoder(pictures[0])
     with pytest.raises(sslkit.UserError, match="as uint8, or as float"):
         encoder(pictures.int())
+
+
+def test_the_networks_compute_in_the_memory_format_of_the_run(copied: Path) -> None:
+    lock = copied / "recipe.lock.toml"
+    for last in (True, False):
+        lock.write_text(
+            lock.read_text().replace(f"channels_last = {not last}".lower(), f"channels_last = {last}".lower())
+        )
+        encoder = sslkit.load_encoder(copied)
+        given: list[torch.Tensor] = []
+        encoder.backbone.register_forward_pre_hook(lambda _, inputs, given=given: given.append(inputs[0]))
+        encoder(images().test.read(torch.arange(4)))
+        kernels = [p for p in encoder.parameters() if p.ndim == 4]
+        assert kernels
+        for tensor in (*kernels, *given):
+            assert tensor.is_contiguous(memory_format=torch.channels_last) is last
+
+
+def test_the_callers_random_numbers_stay_as_they_are(run: Path) -> None:
+    torch.manual_seed(3)
+    before = torch.random.get_rng_state()
+    sslkit.load_encoder(run)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_it_can_be_trained_further_and_features_leave_its_mode_alone(run: Path) -> None:

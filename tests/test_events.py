@@ -39,7 +39,7 @@ def test_a_misspelt_event_is_refused() -> None:
         @observes
         def step_endet(self) -> None: ...
 
-    with pytest.raises(RunFailed, match="step_endet"):
+    with pytest.raises(UserError, match=r"observer 'wrong': there is no event 'step_endet'; did you mean 'step_ended'"):
         Bus({"wrong": Wrong()})
 
 
@@ -48,8 +48,58 @@ def test_an_argument_that_does_not_exist_is_refused() -> None:
         @observes
         def run_ended(self, stauts: str) -> None: ...
 
-    with pytest.raises(RunFailed, match="stauts"):
+    with pytest.raises(UserError, match=r"run_ended asks for stauts, which .* it gives: run, status"):
         Bus({"wrong": Wrong()})
+
+
+def test_a_method_that_lacks_the_mark_is_refused() -> None:
+    class Wrong:
+        def run_ended(self, status: str) -> None: ...
+
+    with pytest.raises(UserError, match=r"'run_ended' is not marked; put @sslkit.events.observes above it"):
+        Bus({"wrong": Wrong()})
+
+
+class Starter:
+    """Records something as the run starts, and notes what it hears."""
+
+    def __init__(self, name: str, heard: list[str]) -> None:
+        self.name, self.heard = name, heard
+        self.bus: Bus | None = None
+
+    @observes
+    def run_started(self) -> None:
+        self.heard.append(f"{self.name} starts")
+        if self.bus:
+            self.bus.emit("recorded", run=None, record={"knn_top1": 0.1})
+
+    @observes
+    def recorded(self, record: dict[str, float]) -> None:
+        self.heard.append(f"{self.name} hears")
+
+
+def test_what_is_recorded_as_a_run_starts_is_told_when_all_have_started() -> None:
+    heard: list[str] = []
+    first, second = Starter("a", heard), Starter("b", heard)
+    first.bus = bus = Bus({"a": first, "b": second})
+    bus.emit("run_started", run=None)
+    assert heard == ["a starts", "b starts", "a hears", "b hears"]
+    bus.emit("recorded", run=None, record={})
+    assert heard[4:] == ["a hears", "b hears"], "and at once from then on"
+
+
+def test_an_observer_that_fails_to_start_leaves_no_event_held_back() -> None:
+    class Broken:
+        @observes
+        def run_started(self) -> None:
+            raise ValueError("no")
+
+    heard: list[str] = []
+    bus = Bus({"mine": Broken(), "a": Listener("a", heard)})
+    with pytest.raises(RunFailed, match="observer 'mine' failed in run_started"):
+        bus.emit("run_started", run=None)
+    bus.emit("run_ended", run=None, status="failed")
+    assert heard == ["a failed"]
 
 
 def test_an_error_names_the_observer_and_lines_for_the_user_pass_through() -> None:

@@ -18,7 +18,7 @@ from sslkit.api import KIND_CLASSES, Component
 from sslkit.recipe import Recipe, Train
 
 FLOORS: list[set[str]] = [
-    {"errors", "files", "randomness", "positions", "batch", "rules", "stopping"},
+    {"errors", "files", "randomness", "positions", "batch", "rules", "stopping", "words"},
     {"installed", "local", "registry", "contracts"},
     {"api"},
     {"complaints", "sources", "nn", "batch_norm", "page", "charts", "view_words"},

@@ -113,6 +113,16 @@ def test_requirements_change_nothing_that_is_computed_and_go_into_the_lock() -> 
     assert Recipe.model_validate(dict(asking)) == asking
 
 
+@pytest.mark.parametrize(
+    ("version", "fits"), [("0.3.dev1", True), ("0.2rc1", False), ("0.2", True), ("0.1", False), ("unknown", False)]
+)
+def test_a_version_under_development_counts_as_a_version(
+    monkeypatch: pytest.MonkeyPatch, version: str, fits: bool
+) -> None:
+    monkeypatch.setattr(installed, "_version", lambda name: version)
+    assert (installed.unmet("sslkit-mine>=0.2") == "") is fits
+
+
 # ---------------------------------------------------------------- the switches, from outside
 
 

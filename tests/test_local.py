@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -96,12 +97,51 @@ def test_leave_ends_with_the_command() -> None:
     assert run("diff", "tiny.toml", "tiny.toml").exit_code == 2
 
 
+def test_leave_in_one_thread_is_none_in_another() -> None:
+    given, over = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with local.allowed():
+            given.set()
+            over.wait(30)
+
+    thread = threading.Thread(target=other)
+    thread.start()
+    assert given.wait(30)
+    try:
+        with pytest.raises(UserError, match="is code in a file"):
+            sslkit.load_recipe("./tiny.toml")
+    finally:
+        over.set()
+        thread.join()
+
+
+def test_leave_below_a_folder_takes_back_the_rest_and_ends() -> None:
+    Path("kept").mkdir()
+    Path("kept/my_head.py").write_text(HEAD)
+    Path("kept/link.py").symlink_to("../my_head.py")
+    with local.allowed():
+        with local.allowed(Path("kept").resolve()):
+            registry.load("head", "kept/my_head.py:WideHead")
+            for outside in ("my_head.py", "kept/../my_head.py", "kept/link.py"):
+                with pytest.raises(
+                    UserError, match=r"is code outside kept, where a run keeps its own, and was not run"
+                ):
+                    registry.load("head", f"{outside}:WideHead")
+            with local.allowed(False), pytest.raises(UserError, match="is code outside kept"):
+                registry.load("head", "my_head.py:WideHead")
+        registry.load("head", "my_head.py:WideHead")
+
+
 def test_with_leave_it_is_like_any_other() -> None:
     shown = run("describe", "head../my_head.py:WideHead", "--allow-local-code")
     assert "A linear layer." in shown.output
     assert "width  integer > 0, default 8" in shown.output
     assert run("check", "tiny.toml", "--allow-local-code").exit_code != 2
     assert run("views", "tiny.toml", "--allow-local-code", "--images", "2").exit_code == 0
+    checked = run("check-plugin", "head../my_head.py:WideHead", "--fast", "--allow-local-code")
+    assert "ok      builds " in checked.output
+    assert "add --allow-local-code" in run("check-plugin", "head../my_head.py:WideHead", "--fast").stderr
     typo = run("train", "tiny.toml", "--allow-local-code", "--set", "projector.widht=3")
     assert typo.stderr == "--set projector.widht=3: projector.widht: unknown option; did you mean 'width'?\n"
 
@@ -158,10 +198,12 @@ def test_a_file_is_run_once_and_again_when_it_changed() -> None:
         (HEAD, "my_head.py:WidHead", "my_head.py:WidHead: the file has no class WidHead; did you mean 'WideHead'? (it"
                                      " has WideHead)"),
         ("x = 1", "my_head.py:WideHead", "my_head.py:WideHead: the file has no class WideHead"),
-        (HEAD.replace("(Head)", "(Loss)"), "my_head.py:WideHead", "my_head.py:WideHead is not a head: derive it from "
-                                                                  "the head's class in sslkit.api"),
-        ("class WideHead: ...", "my_head.py:WideHead", "my_head.py:WideHead is not a head: derive it from the head's "
-                                                       "class in sslkit.api"),
+        (HEAD.replace("(Head)", "(Loss)"), "my_head.py:WideHead", "my_head.py:WideHead is not a head but a loss; "
+                                                                  "derive it from the head's class in sslkit.api"),
+        ("from sslkit.api import Component\nclass WideHead(Component): kind = 'head'", "my_head.py:WideHead",
+         "my_head.py:WideHead is not a head; derive it from the head's class in sslkit.api"),
+        ("class WideHead: ...", "my_head.py:WideHead", "my_head.py:WideHead is not a head; derive it from the "
+                                                       "head's class in sslkit.api"),
         ("x = 1\n1 / 0", "my_head.py:WideHead", "my_head.py:WideHead failed to import: ZeroDivisionError: division by "
                                                 "zero (line 2)"),
         ("import sys\nsys.exit(3)", "my_head.py:WideHead", "my_head.py:WideHead failed to import: SystemExit: 3 (line"
@@ -307,3 +349,64 @@ def test_a_script_goes_on_with_a_recipe_that_was_read_with_leave() -> None:
     assert sslkit.train(recipe, steps=3, quiet=True).step == 3
     with pytest.raises(UserError, match="is code in a file"):
         sslkit.load_recipe("./tiny.toml")
+
+
+def test_a_script_gives_leave_where_the_recipe_is_read() -> None:
+    with pytest.raises(UserError, match="add allow_local_code=True to allow it"):
+        sslkit.train("tiny.toml", steps=1)
+    assert sslkit.train("./tiny.toml", steps=1, quiet=True, allow_local_code=True).step == 1
+    assert not local.is_allowed()
+
+
+def test_a_recipe_in_python_takes_a_class_of_a_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = parse_recipe(BASE, "r.toml")
+    head = {"use": "./my_head.py:WideHead"}
+    with pytest.raises(ValueError, match="add allow_local_code=True to allow it"):
+        recipe.replace(projector=head)
+    wide = recipe.replace(projector=head, allow_local_code=True)
+    monkeypatch.chdir("/")
+    assert wide.tables()["projector"]["use"] == f"{folder}/my_head.py:WideHead"
+
+
+# ---------------------------------------------------------------- a run directory of somebody else
+
+
+@pytest.fixture
+def strange() -> Path:
+    """A run whose recipe names a file beside the directory, which leaves a mark where it is run."""
+    assert train("tiny.toml", "--steps", "2").exit_code == 0
+    Path("outside.py").write_text("open('ran', 'w')\n" + HEAD)
+    lock = Path("runs/tiny/recipe.lock.toml")
+    lock.write_text(lock.read_text().replace("./local/my_head.py", "../../outside.py"))
+    return lock
+
+
+def test_leave_for_a_recipe_is_none_for_files_that_a_run_directory_names(strange: Path) -> None:
+    refused = train("tiny.toml")
+    assert refused.exit_code == 2
+    assert f"{strange}:" in refused.stderr
+    assert "outside.py:WideHead is code outside runs/tiny/local" in refused.stderr
+    recipe = sslkit.load_recipe("./tiny.toml", allow_local_code=True)
+    with pytest.raises(UserError, match="is code outside"):
+        sslkit.train(recipe, quiet=True)
+    assert not Path("ran").exists()
+    plain = parse_recipe(BASE, "tiny.toml")
+    with pytest.raises(UserError, match="is code in a file"):
+        sslkit.train(plain, quiet=True)
+
+
+def test_a_folder_that_is_a_link_is_neither_run_from_nor_written_through(tmp_path: Path) -> None:
+    assert train("tiny.toml", "--steps", "2").exit_code == 0
+    Path("runs/tiny/local").rename("elsewhere")
+    Path("runs/tiny/local").symlink_to(tmp_path / "elsewhere")
+    refused = train("tiny.toml")
+    assert (refused.exit_code, "is code outside" in refused.stderr) == (2, True)
+    Path("runs/new").mkdir()
+    Path("runs/new/local").symlink_to(tmp_path / "elsewhere")
+    Path("elsewhere/my_head.py").write_text("untouched")
+    refused = train("tiny.toml", "--run-dir", "runs/new", "--steps", "1")
+    assert (refused.exit_code, refused.stderr.splitlines()[-1]) == (
+        2,
+        "runs/new/local: is a link, and the run's code is kept in a folder of its own; remove the link",
+    )
+    assert Path("elsewhere/my_head.py").read_text() == "untouched"

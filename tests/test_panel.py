@@ -178,6 +178,28 @@ def test_a_target_that_stands_still_shows_it() -> None:
     assert (float(found["target_step"]), float(found["tau_measured"])) == (0, 1)
 
 
+def test_a_target_that_stands_still_says_nothing_where_its_update_may_be_over() -> None:
+    online, target = networks()
+    panel = Panel()
+    panel.before_update(online, target, entire=False)
+    found = panel.scalars(branches([None]), online, target)
+    assert math.isnan(found["target_step"])
+    assert math.isnan(found["tau_measured"])
+    panel.before_update(online, target, entire=False)
+    ema(online, target, 0.9)
+    found = panel.scalars(branches([None]), online, target)
+    assert float(found["tau_measured"]) == pytest.approx(0.9, abs=1e-5)
+    assert float(found["target_step"]) > 0
+
+
+def test_what_is_forgotten_is_not_compared() -> None:
+    online, target = networks()
+    panel = Panel()
+    panel.before_update(online, target)
+    panel.forget()
+    assert set(panel.scalars(branches([None]), online, target)) == {"target_drift", "target_norm_ratio"}
+
+
 def test_no_target_gives_no_figures_of_it() -> None:
     online, _ = networks()
     panel = Panel()

@@ -75,7 +75,8 @@ def test_what_is_no_component_of_its_kind_is_refused(install: Install) -> None:
     install("odd-dist", "loss.thing = here_mod2:X", {"here_mod2": "class X: ..."})
     text = TINY.replace('use = "cosine"\n\n[target', 'use = "thing"\n\n[target')
     with pytest.raises(
-        UserError, match=r"loss 'thing' from odd-dist 1\.0: here_mod2:X is not a loss; a component derives from"
+        UserError,
+        match=r"loss 'thing' from odd-dist 1\.0: here_mod2:X is not a loss; derive it from the loss's class",
     ):
         parse_recipe(text, "r.toml")
 
@@ -119,7 +120,7 @@ def test_what_it_prints_at_import_goes_to_stderr(install: Install, capsys: pytes
     ("source", "says"),
     [
         ("X = 3", "no_comp:X is not a class"),
-        ("class X: kind = 'loss'", "no_comp:X is not a loss; a component derives from the class of its kind"),
+        ("class X: kind = 'loss'", "no_comp:X is not a loss; derive it from the loss's class in sslkit.api"),
         ("from sslkit.api import Head\nclass X(Head): ...", "no_comp:X is not a loss but a head;"),
         ("from sslkit.api import Loss\nclass X(Loss): kind = 'los'", "no_comp:X is not a loss;"),
         ("from sslkit.api import Loss\nclass X(Loss): kind = 'head'", "no_comp:X is not a loss but a head;"),
@@ -204,6 +205,26 @@ def test_a_plugin_may_say_for_which_api_it_was_written(
         with pytest.raises(UserError, match=says):
             registry.load("loss", "numbered")
     sys.modules.pop("api_mod", None)
+
+
+@pytest.mark.parametrize("stated", ["SSLKIT_API = 2", "SSLKIT_API: int = 2"])
+def test_a_plugin_for_a_later_api_says_so_where_its_import_fails(install: Install, stated: str) -> None:
+    source = f"from sslkit.api import NotYetThere\n{stated}\n{LOSS}"
+    install("later-dist", "loss.later = later_mod:Mine", {"later_mod": source})
+    says = "is written for version 2 of sslkit.api, and this sslkit has 1: upgrade sslkit"
+    with pytest.raises(UserError) as caught:
+        registry.load("loss", "later")
+    assert str(caught.value) == f"loss 'later' from later-dist 1.0 {says}"
+    provider = next(p for p in registry.providers() if p.name == "later")
+    assert registry.described(provider) == ("", says)
+
+
+@pytest.mark.parametrize("stated", ["", "SSLKIT_API = 1", "SSLKIT_API = 1 + 1", "SSLKIT_API: int"])
+def test_a_plugin_for_this_api_says_why_its_import_fails(install: Install, stated: str) -> None:
+    source = f"{stated}\nfrom sslkit.api import NotYetThere\n{LOSS}"
+    install("torn-dist", "loss.torn = torn_mod:Mine", {"torn_mod": source})
+    with pytest.raises(UserError, match="failed to import: ImportError: cannot import name 'NotYetThere'"):
+        registry.load("loss", "torn")
 
 
 # ---------------------------------------------------------------- left out

@@ -104,6 +104,9 @@ CASES: list[Case] = [
     # id, a fault, its severity, figures that are told, and the nearest sound neighbour
     ("identical_views", facts(view_difference=(0.0, 0.0)), "error", ("max |v1 - v2| = 0",),
      facts(view_difference=(0.2, 1e-6))),
+    ("pairs_differ", facts(pairs_agree=2.49), "error", ("no more alike", "2.49 standard errors above chance"),
+     facts(pairs_agree=2.5)),
+    ("pairs_differ", facts(pairs_agree=-0.51), "error", ("-0.51 standard errors",), facts(pairs_agree=12.0)),
     ("weak_views", facts(view_difference=(0.0999, 0.4)), "warning", ("0.0999", "max 0.4"),
      facts(view_difference=(0.1, 0.4))),
     ("weak_views", facts(view_difference=(1e-9, 1e-6)), "warning", ("1e-09",), facts(view_difference=(0.0, 0.0))),

@@ -100,6 +100,11 @@ def test_no_gradient() -> None:
     assert "reaches the backbone" in seen.text
     backbone = FACTS.model_copy(update={"trained_parts": ("projector", "predictor")})
     assert look(course.no_gradient, Course(backbone, {}, without)) is None, "a frozen backbone is meant to get none"
+    none = [{k: v for k, v in line.items() if not k.startswith("grad_norm")} for line in records(BYOL, BYOL_EPOCHS)]
+    optimised = FACTS.model_copy(update={"trained_parts": ("backbone", "projector"), "optimizer": "sgd"})
+    assert "no gradient was recorded" in told(course.no_gradient, Course(optimised, {"status": "done"}, none)).text
+    assert look(course.no_gradient, Course(optimised, {"status": "running"}, none[:2])) is None, "too early to tell"
+    assert look(course.no_gradient, Course(optimised, {}, none)) is None, "a log seldom has gradients"
     same = byol(late("loss", lambda *_: 2.5, 200))
     assert look(course.no_gradient, same) is None, "a log's losses are rounded"
     same.status = {"status": "running"}

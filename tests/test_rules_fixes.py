@@ -28,7 +28,7 @@ def fixes() -> Iterator[tuple[str, str]]:
         }
         for node in ast.walk(tree):
             if isinstance(node, ast.keyword) and node.arg == "fix":
-                value = named[node.value.id] if isinstance(node.value, ast.Name) else node.value
+                value = named.get(node.value.id, node.value) if isinstance(node.value, ast.Name) else node.value
                 if text := constant(value):
                     yield f"{path.stem}:{node.value.lineno}", text
 

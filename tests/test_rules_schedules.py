@@ -187,3 +187,11 @@ def test_a_parts_own_schedule_has_its_own_key() -> None:
     assert seen is not None
     assert seen.key == "optimizer.groups.predictor.lr"
     assert seen.text.startswith("lr of the predictor is 0")
+
+
+def test_a_rate_that_goes_up_and_down_is_no_long_warmup() -> None:
+    again = facts(lambda k: (1 + math.cos(math.pi * (k + 4) / 4)) / 2 * (1 + 1e-6 * k))
+    assert before(schedules.warmup_long, again) is None
+    flat = facts(lambda k: 0.003 + 1e-12 * k)
+    assert before(schedules.warmup_long, flat) is None, "it hardly rises"
+    assert before(schedules.warmup_long, facts(lambda k: 0.001 + 0.002 * k / K)) is not None

@@ -40,7 +40,7 @@ def test_one_writer(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written.*--run-dir"):
+    with pytest.raises(UserError, match=r"cannot be written.*another run_dir"):
         RunDirectory(tmp_path / "file" / "run")
 
 

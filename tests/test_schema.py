@@ -76,6 +76,9 @@ def test_every_shipped_recipe_is_accepted_as_it_is_and_spelt_out(name: str) -> N
         'extends = "quickstart"\noptimizer.groups.predictor.lr = 0.3',
         'extends = "quickstart"\npredictor = false',
         'extends = "quickstart"\ntrain.epochs = 3',
+        'extends = "quickstart"\ntrain.batch_norm = "local"',
+        'extends = "quickstart"\ntrain.batch_norm = "split:16"',
+        'extends = "quickstart"\nrequires = ["torch>=2; python_version > \'3\'"]',
         'extends = "quickstart"\n[[observers]]\nuse = "knn"\nenabled = false',
     ],
 )
@@ -125,7 +128,8 @@ def test_a_mistake_is_refused_by_both(old: str, new: str) -> None:
 @pytest.mark.parametrize(
     "text",
     ["loss.frm = 'simsiam'", "loss.use = 'cosin'", "optimizer.lr.peek = 0.3", "loss = false", "train.epoch = 3",
-     "optimizer.groups.predicter.lr = 0.3", "observers = [{ k = 3 }]", "predictor = true", "name = 3"],
+     "optimizer.groups.predicter.lr = 0.3", "observers = [{ k = 3 }]", "predictor = true", "name = 3",
+     "train.batch_norm = 'splitt:4'", "train.batch_norm = 'split:1'", "requires = ['==']"],
 )  # fmt: skip
 def test_a_mistake_in_an_overlay_is_refused_by_both(text: str) -> None:
     tables = tomllib.loads(f"extends = 'quickstart'\n{text}")

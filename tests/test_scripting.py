@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import inspect
 import random
 import signal
 import threading
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +16,10 @@ from conftest import TINY
 from test_python_api import mine
 
 import sslkit
+from sslkit.api import Head
 from sslkit.cli import main
-from sslkit.scripting import in_python
+from sslkit.words import COMMAND, PYTHON
+from sslkit_ema import StopGradient
 
 
 @pytest.fixture(autouse=True)
@@ -210,18 +214,54 @@ def test_a_run_that_fails_raises_with_the_cause(monkeypatch: pytest.MonkeyPatch)
     assert isinstance(caught.value.__cause__, ValueError)
 
 
-def test_a_finding_before_training_says_how_python_accepts_it() -> None:
-    said = "loss: x (to leave this out: --set train.accept='[\"tau_low\"]')"
-    assert in_python(said) == 'loss: x (to leave this out: accept=("tau_low",) in train)'
+def test_a_finding_before_training_says_how_python_accepts_it(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    swapped = mine(target_updater=StopGradient())
+    sslkit.train(swapped, steps=1)
+    assert '(to leave this out: accept=("ema_missing",) in train)' in capsys.readouterr().out
+    with pytest.raises(sslkit.UserError, match=r'to train all the same: accept=\("ema_missing",\) in train'):
+        sslkit.train(swapped, strict=True, quiet=True)
 
 
-def test_every_option_of_the_command_has_words_in_python() -> None:
-    command = main.commands["train"]
-    options = {o for p in command.params if isinstance(p, click.Option) for o in p.opts if o.startswith("--")}
-    elsewhere = {"--set", "--dry-run", "--no-plugin"}
-    assert elsewhere & options == elsewhere - {"--no-plugin"} | ({"--no-plugin"} & options)
-    for option in options - elsewhere:
-        assert "--" not in in_python(f"{option} cuda"), option
+def test_what_a_user_named_is_printed_as_it_is(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = "runs/abl--strict--run-dir"
+    sslkit.train(tiny, steps=1, run_dir=path)
+    assert f"run directory: {path}\n" in capsys.readouterr().out
+    tiny.write_text(TINY.replace("start = 0.9", "start = 0.8"))
+    with pytest.raises(sslkit.UserError) as caught:
+        sslkit.train(tiny, run_dir=path, quiet=True)
+    assert caught.value.lines[0] == f"{path}: holds a run of another recipe; choose another run_dir or name"
+
+
+def test_every_option_of_the_command_is_an_argument_in_python() -> None:
+    options = {p.name for p in main.commands["train"].params if isinstance(p, click.Option)}
+    elsewhere = {"overrides", "dry_run", "no_plugin"}
+    assert elsewhere < options
+    assert options - elsewhere <= set(inspect.signature(sslkit.train).parameters)
+
+
+def test_each_is_told_in_its_own_words() -> None:
+    python, command = asdict(PYTHON), asdict(COMMAND)
+    assert not [text for text in python.values() if "--" in text]
+    assert not [name for name in python if python[name] == command[name]]
+    assert python["accept"].format(id="x") == 'accept=("x",) in train'
+
+
+class OfThisFile(Head):
+    """A class without an entry point."""
+
+    def build(self, in_dim: int, run: Any) -> Any:
+        pytest.fail("it was refused before")
+
+
+def test_a_class_of_a_notebook_is_refused_before_anything_is_made() -> None:
+    with pytest.raises(sslkit.UserError) as caught:
+        sslkit.train(mine(projector=OfThisFile(), predictor=OfThisFile()), steps=1, quiet=True)
+    assert [line.partition(": ")[0] for line in caught.value.lines] == ["projector", "predictor"]
+    assert "OfThisFile has no entry point" in caught.value.lines[0]
+    assert "use = './FILE.py:OfThisFile' with allow_local_code=True" in caught.value.lines[0]
+    assert not Path("runs").exists()
 
 
 def test_there_is_no_run_to_examine() -> None:

@@ -57,7 +57,10 @@ REQUIRED: dict[str, dict[str, Any]] = {
 """Options that a component cannot do without, or that keep it small."""
 
 EXPECTED = {
-    "view_generator.identity": {"views_differ": "its views are the image itself, which is what it is for"},
+    "view_generator.identity": {
+        "views_differ": "its views are the image itself, which is what it is for",
+        "health": "its views are the image itself, which is what it is for",
+    },
 }
 SLOW = {"data_source.cifar10", "observer.mlflow", "observer.wandb"}
 """They open 60,000 images, or bring a package that takes seconds to import."""
@@ -194,16 +197,17 @@ def test_an_expected_failure_has_a_reason_and_must_fail(pytester: pytest.Pyteste
         """
         from sslkit_crops import Identity
         reason = "the views are the image itself"
-        @sslkit.testing.parametrize(Identity(), expected_failures={"views_differ": reason, "draws": "it does not"})
+        expected = {"views_differ": reason, "health": reason, "draws": "no"}
+        @sslkit.testing.parametrize(Identity(), expected_failures=expected)
         def test_conforms(check):
             check()
         """,
         pytester, "-rxX",
     )  # fmt: skip
     outcomes = result.parseoutcomes()
-    assert (outcomes["xfailed"], outcomes["failed"]) == (1, 1)
+    assert (outcomes["xfailed"], outcomes["failed"]) == (2, 1)
     result.stdout.fnmatch_lines(["*XFAIL*identity-views_differ*the views are the image itself*"])
-    result.stdout.fnmatch_lines(["*XPASS(strict)*it does not*"])
+    result.stdout.fnmatch_lines(["*XPASS(strict)*no*"])
 
 
 def test_what_is_no_component_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner, Result
@@ -33,7 +34,7 @@ def test_a_failed_check_says_what_to_change_and_exits_with_1() -> None:
     lines = result.output.splitlines()
     failed = next(n for n, line in enumerate(lines) if line.startswith("FAILED  views_differ"))
     assert "get the same view 0; draw parameters of shape" in " ".join(lines[failed + 1 : failed + 3])
-    assert lines[-1].endswith("checks failed: views_differ")
+    assert lines[-1].endswith("checks failed: views_differ, health")
     assert "compiles" not in result.output
 
 
@@ -41,6 +42,35 @@ def test_what_does_not_apply_is_not_shown() -> None:
     text = call("loss.cosine", "--fast").output
     assert " pure " in text
     assert " commit " not in text
+
+
+HEAD = '''
+from torch import nn
+from sslkit.api import Head
+
+
+class Plain(Head):
+    """A linear layer."""
+
+    width: int = 8
+    """Its width."""
+
+    def build(self, in_dim, run):
+        layer = nn.Linear(in_dim, self.width)
+        layer.out_dim = self.width
+        return layer
+'''
+
+
+def test_a_class_of_a_local_file_is_tried_out_with_leave(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("plain.py").write_text(HEAD)
+    refused = call("head../plain.py:Plain", "--fast")
+    assert refused.exit_code == 2
+    assert "add --allow-local-code" in refused.output
+    result = call("head../plain.py:Plain", "--fast", "--allow-local-code")
+    assert result.exit_code == 0, result.output
+    assert "import_without_torch" not in result.output
 
 
 def test_json() -> None:

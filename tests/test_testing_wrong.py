@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from wrong_plugins import Case, losses, networks, others, right, slow_import, specs, views
+from wrong_plugins import Case, losses, networks, others, right, slow_import, specs, training, unusual, views
 
 import sslkit.testing
 from sslkit import registry
@@ -18,7 +18,7 @@ from sslkit.testing.bench import Bench
 from sslkit.testing.core import CHECKS, attempt
 
 sslkit.testing.checks()
-MODULES = (slow_import, specs, networks, losses, views, others)
+MODULES = (slow_import, specs, networks, losses, views, others, training)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 
@@ -30,7 +30,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: wrong-plugins\nVersion: 1.0\n")
     lines = []
-    for module in (right, *MODULES):
+    for module in (right, unusual, *MODULES):
         for name, cls in vars(module).items():
             own = isinstance(cls, type) and issubclass(cls, Component) and cls.__module__ == module.__name__
             if own and name not in specs.UNINSTALLED:
@@ -74,7 +74,7 @@ def test_every_check_can_fail() -> None:
     assert {case.check for case in CASES} == set(CHECKS)
 
 
-@pytest.mark.parametrize("component", right.RIGHT, ids=lambda c: c.kind)
+@pytest.mark.parametrize("component", [*right.RIGHT, *unusual.UNUSUAL], ids=lambda c: type(c).__name__)
 def test_a_right_component_passes_everything(component: Component) -> None:
     """So that what the wrong ones fail by is their fault."""
     results = sslkit.testing.run_checks(component, slow=False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import median
 
 from sslkit.rules import Course, Points, Rule, Seen
@@ -54,8 +55,8 @@ def _collapsed(course: Course) -> Seen | None:
 collapse = Rule(
     what="The outputs collapse: all images get nearly the same one.",
     severity="warning",
-    cause="a stop-gradient or predictor that is missing, a target that is the online network, a rate too high, or a "
-    "loss without a term that keeps outputs apart",
+    cause="a stop-gradient or predictor that is missing, a target that is the online network, a rate too high, pairs "
+    "of different images, gradients that add up from step to step, or a loss without a term that keeps outputs apart",
     fix="look at stop-gradient, predictor and target first; then lower the learning rate (optimizer.lr) and lengthen "
     "its warm-up",
     source="Chen & He 2021 (SimSiam, arXiv 2011.10566), section 4.1 and figure 2; the limits are calibrated",
@@ -67,6 +68,12 @@ collapse = Rule(
 
 
 # ---------------------------------------------------------------- few dimensions
+
+
+PLAIN_FIX = (
+    "see that gradients are set to zero before each step and that both views are of one image; then weaken the views, "
+    "lower the learning rate (optimizer.lr), or slow the target (target_updater.tau)"
+)
 
 
 def _few_dimensions(course: Course) -> Seen | None:
@@ -89,7 +96,9 @@ def _rank(course: Course, rank: Points, what: str) -> Seen | None:
     if last < KEPT * top:
         text += f", and was {top:.3g} at step {rank.steps[rank.values.index(top)]}"
     gone = last < FLAT_RANK or last < KEPT * KEPT * top
-    return Seen(text, "error" if gone and not grew(course) else "warning", step=rank.steps[-1])
+    seen = Seen(text, "error" if gone and not grew(course) else "warning", step=rank.steps[-1])
+    # Of a method without a term that decorrelates, there is no weight to raise.
+    return replace(seen, fix=PLAIN_FIX) if course.facts.prevents_collapse is False else seen
 
 
 dimensional_collapse = Rule(

@@ -223,6 +223,8 @@ def _no_gradient(course: Course) -> Seen | None:
         first = since(points, [value <= 1e-12 for value in points.values])
         part = key.removeprefix("grad_norm").removeprefix("_") or "whole network"
         return Seen(f"the gradient of the {part} is 0 from step {first} on", step=first)
+    if course.facts.optimizer and course.facts.trained_parts and course.status and not course.points("grad_norm").steps:
+        return Seen(f"no gradient was recorded in {len(losses.values)} records") if len(losses.values) >= 3 else None
     missing = _missing(course, parts)
     if missing and len(course.points("grad_norm").values) >= 2:
         return Seen(f"no gradient reaches the {missing}: {', '.join(sorted(parts))} have one", key=missing)

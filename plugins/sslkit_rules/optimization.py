@@ -225,4 +225,5 @@ decay_high = Rule(
     "section 3.2: AdamW, .04 to .4; the limits are ten times the one and above the other",
     key="optimizer.weight_decay",
     before=_decay,
+    explains=("collapse", "dimensional_collapse", "knn_not_improving"),
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from sslkit.rules import Course, Rule, Seen
-from sslkit_rules.collapse import cosines
+from sslkit_rules.collapse import SPREAD, cosines
 from sslkit_rules.curves import Quality, far, now, quality
 
 SHARE, EPOCHS = 1 / 3, 10.0
@@ -17,27 +17,43 @@ ENOUGH = 300
 """Optimizer steps below which features that are no better are no error: there was hardly any training."""
 
 
+AT_THE_END = 0.95
+"""Share of a run after which a gain that may be chance is told."""
+
+
 def _no_better(course: Course) -> Seen | None:
     knn = quality(course, "knn_top1")
-    if knn is None or knn.floor is None or len(knn.values) < 4 or not far(course, SHARE, EPOCHS, knn.key):
+    if knn is None or knn.floor is None:
+        return _flat(course, knn or quality(course))
+    if len(knn.values) < 4 or not far(course, SHARE, EPOCHS, knn.key):
         return None
-    if max(knn.values[-2:]) > knn.floor + knn.noise / 2:
-        return None
-    probe = quality(course, "probe_top1")
-    learns = probe is not None and probe.last > probe.values[0] + 2 * probe.noise
-    alike = cosines(course).values
-    shortcut = bool(alike) and now(alike) > 0.9
     # Sound runs of the quickstart are at their floor for their first 84 steps; a log's steps may be epochs.
     long = course.facts.steps_per_epoch is None or knn.steps[-1] >= ENOUGH
+    said = f"kNN is {knn.last:.3f} at step {knn.steps[-1]}; the random network's, at step 0, is {knn.floor:.3f}"
+    if max(knn.values[-2:]) > knn.floor + knn.noise / 2:
+        hardly = long and knn.last <= knn.floor + knn.noise and far(course, AT_THE_END, 5 * EPOCHS, knn.key)
+        return Seen(f"{said}: a gain of less than two standard errors", "warning") if hardly else None
+    alike, spread = cosines(course).values, course.points("std_sqrt_d").values
+    shortcut = bool(alike) and now(alike) > 0.9 and (not spread or now(spread) > SPREAD)
     return Seen(
-        f"kNN is {knn.last:.3f} at step {knn.steps[-1]}; the random network's, at step 0, is {knn.floor:.3f}",
-        "error" if far(course, LATE, 2 * EPOCHS, knn.key) and long and not learns else "warning",
+        said,
+        # A probe gets better on features that stay as they are, so it is no witness.
+        "error" if far(course, LATE, 2 * EPOCHS, knn.key) and long else "warning",
         cause="views that leave a shortcut, such as colours: the loss is low, and nothing of use is learnt"
         if shortcut
         else None,
         fix="stronger changes of colour and crop in both views" if shortcut else None,
         key="view_generator" if shortcut else None,
     )
+
+
+def _flat(course: Course, found: Quality | None) -> Seen | None:
+    """Of a log without the random network's figure: accuracy that does not rise from the beginning on."""
+    if found is None or len(found.values) < 5 or not far(course, SHARE, EPOCHS, found.key):
+        return None
+    if found.steps[0] > 0.2 * found.steps[-1] or max(found.values[-2:]) > found.values[0] + found.noise:
+        return None
+    return Seen(f"{found.said}: it has not risen, and nothing says what a random network has", "warning")
 
 
 knn_not_improving = Rule(

@@ -105,6 +105,7 @@ schedule_ends_early = Rule(
     fix="give the schedule the run's optimizer steps; sslkit's own schedules without unit = 'steps' or 'epochs' do so",
     source="solo-learn issue 248; Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.3: K is the number of steps",
     before=_early,
+    explains=("knn_not_improving",),
 )
 
 
@@ -143,12 +144,15 @@ schedule_unfinished = Rule(
     fix="give the schedule the run's own number of optimizer steps",
     source="solo-learn issue 248; Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.3: tau is 1 at the end",
     before=_unfinished,
+    explains=("knn_not_improving",),
 )
 
 
 def _long_warmup(facts: Facts) -> Seen | None:
     for name, key, curve in _moving(facts):
-        if name != "tau" and curve.steps >= FEW and curve.most > curve.start and curve.most_at > curve.steps / 2:
+        # Of a rate that goes up and down again and again, the highest place says nothing.
+        rises = curve.most > 2 * curve.start and (curve.falls is None or curve.falls[0] > curve.most_at)
+        if name != "tau" and curve.steps >= FEW and rises and curve.most_at > curve.steps / 2:
             return Seen(
                 f"{name} rises from {curve.start:.6g} to {curve.most:.6g} until step {curve.most_at} of {curve.steps}",
                 key=key,
@@ -164,4 +168,5 @@ warmup_long = Rule(
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), section 3.3, and Chen et al. 2020 (SimCLR, arXiv 2002.05709), "
     "section 2.2: 10 epochs of 100 to 1000; the limit of a half is ours",
     before=_long_warmup,
+    explains=("knn_not_improving",),
 )

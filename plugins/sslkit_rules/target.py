@@ -342,7 +342,7 @@ ema_skips_parameters = Rule(
     source="Grill et al. 2020 (BYOL, arXiv 2006.07733), equation 1; lightning-bolts issue 440",
     key="target_updater.use",
     before=_unmoved,
-    explains=("tau_not_applied", "target_not_following"),
+    explains=("tau_not_applied", "target_not_following", "knn_not_improving"),
 )
 
 

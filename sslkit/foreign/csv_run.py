@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from sslkit import doctor
 from sslkit.errors import UserError
-from sslkit.foreign import formula, log_notes, logs
+from sslkit.foreign import formula, log_names, log_notes, logs
 from sslkit.foreign.followed import Followed
 from sslkit.foreign.log_notes import COSINE, LogLoss
 from sslkit.rules import Course, Facts, Trajectory
@@ -88,16 +88,21 @@ def read(path: str, known: Known | None = None) -> LogRun:
     cosines = [] if "cosine" in log.keys else log_notes.cosine(losses, known.loss)
     if known.loss in COSINE and losses and log_notes.stands_for(losses, known.loss) is None:
         known = replace(known, loss="other")
+    form = "simsiam" if known.loss is None and log_notes.may_be_simsiams(losses) else known.loss
     may_be_byol = known.loss == "byol" or (known.loss is None and log_notes.may_be_byols(losses))
     positions = _positions(log, known)
-    facts = _facts(log, known, positions)
+    facts, nothing = _facts(log, known, positions), None
+    if form not in COSINE and (nothing := log_notes.blank(losses, known.batch_size)):
+        facts = facts.model_copy(update={"blank_loss": nothing[0]})
     course = Course(facts)
     for row, step, epoch in zip(log.rows, positions.steps, positions.epochs, strict=True):
         record = {**logs.as_record(row), "step": step, "epoch": epoch}
-        if known.loss in COSINE and math.isfinite(row.get("loss", math.nan)):
-            record.setdefault("cosine", COSINE[known.loss](row["loss"]))
+        if form in COSINE and math.isfinite(row.get("loss", math.nan)):
+            record.setdefault("cosine", COSINE[form](row["loss"]))
         course.add(record)
     notes = [*positions.notes, *log.notes, *_told_twice(log, known), *cosines]
+    if nothing:
+        notes.append(f"the losses begin at {nothing[1]} = {nothing[0]:.4g}, which outputs that say nothing cost")
     notes += log_notes.curve(
         course.points("loss"), facts.tau, whole=positions.whole, per_epoch=positions.per_epoch,
         first=math.floor(positions.epochs[0]), may_be_byol=may_be_byol,
@@ -148,6 +153,8 @@ def _positions(log: logs.Log, known: Known) -> _Positions:
         if any(b < a for a, b in pairwise(epochs)):
             raise UserError(f"the log's epochs go back, from {_falls(epochs)}; give one run at a time")
         steps = _steps_by_epoch(rows, epochs, known)
+        if "step" in rows[0] and known.steps_per_epoch is None:
+            per_epoch = _per_epoch(steps, epochs)
         whole: int | None = known.epochs or math.floor(epochs[-1] - epochs[0]) + 1
     elif "step" in rows[0]:
         steps = [round(row["step"]) for row in rows]
@@ -192,6 +199,13 @@ def _steps_by_epoch(rows: Sequence[logs.Row], epochs: Sequence[float], known: Kn
     return steps
 
 
+def _per_epoch(steps: Sequence[int], epochs: Sequence[float]) -> int:
+    """Steps of an epoch, by the first records of the first and the last one that the log has."""
+    last = next(number for number, epoch in enumerate(epochs) if math.floor(epoch) == math.floor(epochs[-1]))
+    length = (steps[last] - steps[0]) / (epochs[last] - epochs[0]) if last else steps[-1]
+    return max(1, round(length))
+
+
 def _falls(values: Sequence[float]) -> str:
     return next(f"{a:g} to {b:g}" for a, b in pairwise(values) if b < a)
 
@@ -204,7 +218,7 @@ def _facts(log: logs.Log, known: Known, positions: _Positions) -> Facts:
     steps = positions.whole * positions.per_epoch if positions.whole else None
     facts: dict[str, Any] = {
         "total_steps": steps, "steps_per_epoch": known.steps_per_epoch, "batch_size": known.batch_size,
-        "labelled": known.labels, "quality": tuple(key for key in logs.QUALITY if key in log.keys),
+        "labelled": known.labels, "quality": tuple(key for key in log_names.QUALITY if key in log.keys),
         "optimizer": known.optimizer.lower() if known.optimizer else None,
     }  # fmt: skip
     if known.views == "identical":

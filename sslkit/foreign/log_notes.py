@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from statistics import median
 from typing import Literal
 
 from sslkit.rules import Points, Trajectory
@@ -23,6 +24,8 @@ FORMS: Mapping[LogLoss | None, str] = {
 UNLEARNT = 5.0
 """Above 4, which is BYOL's loss of vectors that have nothing to do with each other, by what chance makes of it where
 all outputs are nearly one vector: the cosine of two random ones of 128 dimensions is seldom below -.25."""
+NEARLY_NONE = 0.05
+"""The cosine of outputs that have nothing to do with each other is about 0, on either side."""
 SHOWN = 24
 """At most how many figures of a curve are written out."""
 RISEN = 1.5
@@ -41,6 +44,11 @@ def may_be_byols(losses: Sequence[float]) -> bool:
     return bool(losses) and all(0 <= loss <= UNLEARNT for loss in losses)
 
 
+def may_be_simsiams(losses: Sequence[float]) -> bool:
+    """Whether losses that nothing was said of may be a mean of -cos: no other loss here stays between -1 and 0."""
+    return bool(losses) and all(-1 - 1e-6 <= loss <= NEARLY_NONE for loss in losses) and min(losses) < -NEARLY_NONE
+
+
 def cosine(losses: Sequence[float], form: LogLoss | None) -> list[str]:
     """The losses as cosines; as BYOL's if they may be that and it is not known what they are, and said so."""
     if form in COSINE and losses and stands_for(losses, form) is None:
@@ -49,12 +57,48 @@ def cosine(losses: Sequence[float], form: LogLoss | None) -> list[str]:
             f"the losses are not {FORMS[form]}: they would stand for a cosine of {worst:.3g}; they were taken for "
             "another loss (--loss other)"
         ]
-    found = stands_for(losses, form or "byol")
-    if found is None or (form is None and not may_be_byols(losses)):
+    taken = form or ("simsiam" if may_be_simsiams(losses) else "byol")
+    found = stands_for(losses, taken)
+    if found is None or (form is None and taken == "byol" and not may_be_byols(losses)):
         return []
     shown = [f"{value:.3f}".replace("0.", ".") for value in found[:: math.ceil(len(found) / SHOWN)]]
-    words = "-loss" if form == "simsiam" else f"1 - loss/4, for {FORMS['byol']}"
-    return [f"cosine {' '.join(shown)} ({words}{'' if form else ', if the loss is that: --loss'})"]
+    words = "-loss" if taken == "simsiam" else f"1 - loss/4, for {FORMS['byol']}"
+    if form is None and taken == "simsiam":
+        words += f": losses between -1 and 0 were taken for {FORMS['simsiam']}; --loss says otherwise"
+    elif form is None:
+        words += ", if the loss is that: --loss"
+    return [f"cosine {' '.join(shown)} ({words})"]
+
+
+# ---------------------------------------------------------------- what knowing nothing costs
+
+QUEUES = tuple(2**power for power in range(12, 17))
+"""Lengths of queues, and numbers of prototypes, that are usual: 4096 to 65536."""
+EXACT, ROUGHLY = 0.001, 0.01
+"""How near the first losses have to be to ln M, as a share: where M is a guess, and where it follows from the batch."""
+
+
+def blank(losses: Sequence[float], batch: int | None) -> tuple[float, str] | None:
+    """What outputs that say nothing of the image cost, with the formula: ln M, if the first losses are that.
+
+    M is 2 batch - 1 for NT-Xent, the batch for losses over it, and the length of a queue, where one more makes no
+    difference, or the number of prototypes. Without a batch only 65536 is thought of: MoCo's queue, DINO's prototypes.
+    """
+    if not losses:
+        return None
+    candidates = [(size, EXACT) for size in (QUEUES if batch else QUEUES[-1:])]
+    if batch and batch > 1:
+        candidates += [(2 * batch - 1, ROUGHLY), (batch, ROUGHLY)]
+    first = median(losses[:3])
+    near = [
+        (abs(first - math.log(number)), number)
+        for number, share in candidates
+        if abs(first - math.log(number)) <= share * math.log(number)
+    ]
+    if not near:
+        return None
+    _, number = min(near)
+    return math.log(number), f"ln {number}"
 
 
 def byols_tau(base: float, epochs: int | None) -> str:

@@ -12,65 +12,17 @@ import math
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from sslkit.errors import UserError
 from sslkit.foreign import code_lines
+from sslkit.foreign.log_names import QUALITY, key_of, keys_of, loss_among
 
 Row = dict[str, float]
 """A line of a log: key -> figure, which may be not a number."""
-
-OURS = (
-    "cosine", "alignment", "uniformity", "grad_norm", "grad_norm_backbone", "grad_norm_projector",
-    "grad_norm_predictor", "std_sqrt_d", "target_drift", "target_norm_ratio", "target_step", "tau_measured",
-    "view_difference", "view_difference_max",
-    "effective_rank", "effective_rank_share", "rankme", "alpha_req", "projection_rank",
-    "projection_rank_share", "knn_top1", "probe_top1", "probe_train_top1", "lidar",
-)  # fmt: skip
-"""Metrics that are read under their own names."""
-QUALITY = ("knn_top1", "probe_top1")
-
-_SAID: Mapping[str, tuple[str, ...]] = {
-    "epoch": ("epoch", "epochs", "ep", "epoch_number", "epoch_idx", "current_epoch"),
-    "step": ("step", "steps", "global_step", "trainer_global_step", "iteration", "iterations", "iter", "it", "update"),
-    "loss": (
-        "loss", "epoch_loss", "loss_epoch", "loss_step", "step_loss", "train_loss", "training_loss", "train_loss_epoch",
-        "train_loss_step", "loss_train", "total_loss", "mean_loss", "avg_loss", "average_loss", "running_loss",
-        "ssl_loss", "byol_loss", "simsiam_loss", "losses", "train_ssl_loss", "train_total_loss",
-    ),
-    "tau": (
-        "tau", "ema", "ema_decay", "ema_momentum", "ema_tau", "target_ema", "target_decay", "target_momentum",
-        "target_tau", "teacher_momentum", "momentum_teacher", "momentum_encoder",
-    ),
-    "lr": ("lr", "learning_rate", "lr_adam", "lr_adamw", "lr_sgd", "lr_lars", "train_lr"),
-    "cosine": ("cos", "cos_sim", "cosine_sim", "cosine_similarity"),
-    "knn_top1": ("knn", "knn_acc", "knn_accuracy", "knn_acc1", "knn_top_1", "knn_accuracy_top1", "acc_knn"),
-    "probe_top1": (
-        "accuracy", "acc", "top1", "acc1", "top1_acc", "test_acc", "test_accuracy", "val_acc", "val_accuracy",
-        "val_acc1", "val_top1", "test_acc1", "linear_acc", "linear_accuracy", "linear_probe", "probe", "probe_acc",
-        "probe_accuracy", "online_acc", "val_online_acc",
-    ),
-    "std_sqrt_d": ("std_times_sqrt_d", "std_sqrtd"),
-    "collapse_level": ("collapse_level",),
-    "grad_norm": ("gradient_norm", "total_norm"),
-    "value": ("value",),
-}  # fmt: skip
-
-
-def _letters(name: str) -> str:
-    return re.sub(r"[^a-z0-9]", "", name.lower())
-
-
-_KEYS = {_letters(said): key for key, names in _SAID.items() for said in names} | {_letters(key): key for key in OURS}
-
-
-def key_of(name: str) -> str | None:
-    """The key that a column or a word stands for; None if it is not read here."""
-    # An exported table of another tracker says `RUN - loss`, and repeats it as `RUN - loss__MIN`.
-    return _KEYS.get(_letters(name.rpartition(" - ")[2]))
 
 
 @dataclass
@@ -150,6 +102,8 @@ def _named(line: str) -> tuple[Row, tuple[str, ...]]:
         key = key_of(words) or (None if first.lower() in _NOT_TRAINING else key_of(last or first))
         if key is not None and key not in found:
             found[key] = float(number) / (100 if percent else 1)
+    if "loss" not in found and len(losses := loss_among(words for words, _, _ in pairs)) == 1:
+        found["loss"] = next(float(number) for words, number, _ in pairs if words == losses[0])
     return found, tuple(words.lower() for words, _, _ in pairs)
 
 
@@ -232,8 +186,7 @@ def _lines(numbers: list[int], most: int = 6) -> str:
 
 
 def _from_json(name: str, lines: list[tuple[int, str]]) -> tuple[list[Row], list[str]]:
-    rows: list[Row] = []
-    left_out: dict[str, None] = {}
+    tables: list[dict[str, Any]] = []
     for number, line in lines:
         try:
             table = json.loads(line)
@@ -241,15 +194,26 @@ def _from_json(name: str, lines: list[tuple[int, str]]) -> tuple[list[Row], list
             raise UserError(f"{name}:{number}: is no JSON, though the first line is") from None
         if not isinstance(table, dict):
             raise UserError(f'{name}:{number}: is no JSON table; write one such as {{"loss": 0.5}} on every line')
+        tables.append(table)
+    keys, several = keys_of(list(dict.fromkeys(said for table in tables for said in table)))
+    if several:
+        raise UserError(f"{name}: {_which(several)}")
+    rows: list[Row] = []
+    left_out: dict[str, None] = {}
+    for table in tables:
         row: Row = {}
         for said, value in table.items():
-            key = key_of(said)
+            key = keys.get(said)
             if key is None or isinstance(value, bool) or not isinstance(value, int | float | None):
                 left_out[said] = None
             else:
                 row.setdefault(key, math.nan if value is None else float(value))
         rows.append(row)
     return rows, list(left_out)
+
+
+def _which(losses: list[str]) -> str:
+    return f"each of {', '.join(losses)} may be the loss; name the one that training minimises 'loss'"
 
 
 # ---------------------------------------------------------------- tables
@@ -264,6 +228,8 @@ def _from_table(name: str, lines: list[tuple[int, str]]) -> tuple[list[Row], lis
     else:
         keys = _keys(header)
         left_out = [said for said, key in zip(header, keys, strict=True) if key is None]
+        if several := keys_of(header)[1]:
+            raise UserError(f"{name}:{first}: {_which(several)}")
         if "loss" not in keys:
             raise UserError(f"{name}:{first}: no column is a loss (columns: {', '.join(header)}); name one 'loss'")
         if not rest:
@@ -300,11 +266,12 @@ def _figure(cell: str, separator: str | None) -> float | None:
     return float(text) / (100 if percent else 1)
 
 
-def _keys(header: Iterable[str]) -> list[str | None]:
+def _keys(header: Sequence[str]) -> list[str | None]:
     """The key of each column; only the first of a key is read."""
+    known, _ = keys_of(header)
     keys: list[str | None] = []
     for said in header:
-        key = key_of(said)
+        key = known.get(said)
         keys.append(None if key in keys else key)
     if "value" in keys and "loss" not in keys:  # TensorBoard's download: Wall time, Step, Value
         keys[keys.index("value")] = "loss"
@@ -332,6 +299,9 @@ def _columns(number: int) -> str:
 
 # ---------------------------------------------------------------- what becomes of them
 
+UNIT = 0.5
+"""What the standard deviation of outputs of length 1 stays below, in 4 dimensions and more."""
+
 
 def _converted(name: str, rows: list[Row], left_out: list[str]) -> Log:
     """Figures on our scales, and nothing changed without a word."""
@@ -340,6 +310,7 @@ def _converted(name: str, rows: list[Row], left_out: list[str]) -> Log:
         row.pop("value", None)
         if "collapse_level" in row:  # lightly's: 1 - sqrt(d) std, not below 0
             row.setdefault("std_sqrt_d", 1 - row.pop("collapse_level"))
+    notes += _relative(rows)
     for key in (*QUALITY, "probe_train_top1"):
         if any(row.get(key, 0) > 1 for row in rows):
             notes.append(f"{key} was read as percent")
@@ -354,6 +325,29 @@ def _converted(name: str, rows: list[Row], left_out: list[str]) -> Log:
             if not math.isfinite(row.get(key, 0.0)):
                 raise UserError(f"{name}: {key} of record {number} is no number")
     return Log(rows, keys, notes)
+
+
+def _relative(rows: list[Row]) -> list[str]:
+    """The deviation of outputs of length 1, as a share of its highest; solo-learn and lightly record it so.
+
+    Of d dimensions it is at most 1 / sqrt(d): that share is never below `std_sqrt_d`, which rules know, and cannot make
+    a collapse where there is none.
+    """
+    found = [row["spread"] for row in rows if math.isfinite(row.get("spread", math.nan))]
+    most = max(found, default=0.0)
+    usable = most > 0 and min(found) >= 0 and most < UNIT and not any("std_sqrt_d" in row for row in rows)
+    for row in rows:
+        value = row.pop("spread", None)
+        if value is not None and usable:
+            row["std_sqrt_d"] = value / most
+    if not found:
+        return []
+    if not usable:
+        return ["not read: a standard deviation, which is not that of outputs of length 1 or stands beside std_sqrt_d"]
+    return [
+        f"a standard deviation of at most {most:.3g} was read as a share of that, as its dimensions are not known: "
+        "std_sqrt_d is at most this share"
+    ]
 
 
 def as_record(row: Mapping[str, float]) -> dict[str, Any]:

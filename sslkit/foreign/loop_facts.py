@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch.optim import Optimizer
 
 from sslkit.batch import Branches
 from sslkit.facts import ends_normalised, map_facts, normalisation_facts, shared_images, unoptimised, view_difference
-from sslkit.foreign.taps import Networks
+from sslkit.foreign.pairs import agreement
+from sslkit.foreign.taps import Networks, Taps
 
 LOOKED_AT = 64
 """Images of the first batch whose views are compared."""
@@ -94,9 +96,9 @@ def of_labelled(labelled: Sequence[Tensor] | None) -> dict[str, Any]:
 # ---------------------------------------------------------------- of the first steps
 
 
-def of_batch(branches: Branches, micro_batches: int, precision: str, *, together: bool) -> dict[str, Any]:
+def of_batch(branches: Branches, micro_batches: int, taps: Taps) -> dict[str, Any]:
     """Size of batch and views, and how views differ. Waits for the device."""
-    views = branches.views
+    views, together = branches.views, taps.together
     images = len(views[0])
     processes = _processes()
     shown = [view[:LOOKED_AT].float() for view in views]
@@ -104,9 +106,10 @@ def of_batch(branches: Branches, micro_batches: int, precision: str, *, together
         "batch_size": images * micro_batches * processes,
         "batch_norm_images": images * (len(views) if together else 1),
         "processes": processes,
-        "precision": precision,
+        "precision": taps.precision,
         "view_sizes": tuple(spec.size for spec in branches.specs),
         "view_difference": view_difference(shown) if len(shown) > 1 else None,
+        "pairs_agree": agreement(branches, together=together) if taps.paired else None,
     }
 
 
@@ -186,6 +189,14 @@ def _processes() -> int:
 def rank() -> int:
     """The number of this process among those that train together; 0 where there is one."""
     return torch.distributed.get_rank() if _distributed() else 0
+
+
+@contextlib.contextmanager
+def without_trace() -> Iterator[None]:
+    """Pass something through the networks that is no part of training, and leave no trace of it."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
+        yield
 
 
 # ---------------------------------------------------------------- over steps

@@ -177,6 +177,9 @@ class Taps:
         """Passes through the online network since the last `take` that the next step of the optimizer is made of."""
         self._trained = [p for module in networks.online.values() for p in module.parameters()]
         self._begun = False
+        self._of_one_loss = 0
+        """Passes before the newest backward pass; of a batch, as they are followed only before the first `take`."""
+        self._went_back = False
         self.precision = "fp32"
         """What the online network computed in."""
         self._seen: dict[str, deque[tuple[Tensor, Tensor]]] = {}
@@ -203,6 +206,7 @@ class Taps:
                 if self._passes and self._passes % self._each == 0 and not self._begun and self._is_thrown_away():
                     self._passes = 0
                 self._passes += 1
+                self._follow(made)
                 kind = seen.device.type
                 computed = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else made.dtype
                 self.precision = _SHORT.get(computed, "fp32")
@@ -221,6 +225,26 @@ class Taps:
     def micro_batches(self) -> int:
         """How many the next step of the optimizer is made of. Known exactly before the first `take`."""
         return max(1, self._passes // self._each)
+
+    @property
+    def paired(self) -> bool:
+        """Whether the first batch's views are all that went into one loss, and so are sure to belong together: not
+        passes of two micro-batches, nor those of other images besides."""
+        return self._of_one_loss == self._each
+
+    def _follow(self, made: Tensor) -> None:
+        """Count passes from one backward pass to the next."""
+        if self._begun:
+            return
+        self._of_one_loss = 0 if self._went_back else self._of_one_loss
+        self._went_back = False
+        # Where no backward pass gets to, none will be seen: that is too many at once.
+        self._of_one_loss += 1 if made.requires_grad else self._each + 1
+        if made.requires_grad:
+            made.register_hook(self._note_backward)
+
+    def _note_backward(self, gradient: Tensor) -> None:
+        self._went_back = True
 
     @torch.no_grad()
     def _is_thrown_away(self) -> bool:

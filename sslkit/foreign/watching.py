@@ -15,9 +15,8 @@ no random number is drawn, and between records nothing waits for the device.
 from __future__ import annotations
 
 import atexit
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -226,8 +225,7 @@ class Watch:
             self._learn_first(branches, micro_batches, loss)
         if broken or self._is_recorded(before, self.steps):
             self._record_step()
-        if not self._handles and self._is_recorded(self.steps, self.steps + 1):
-            self._panel.before_update(self._trained, self._copies)
+        self._note_target()
 
     def epoch_ended(self) -> None:
         """An epoch is over: measure rank and kNN, and look at the rates."""
@@ -285,16 +283,23 @@ class Watch:
             return
         for part, rate in loop_facts.rates(self._networks, self._optimizers).items():
             self._rates.setdefault(part, Followed()).note(self.steps, rate)
-        if self._is_recorded(self.steps, self.steps + 1):
-            self._panel.before_update(self._trained, self._copies)
-            if not _closure(args, kwargs):
-                self._gradients = self._norms()
+        if self._is_recorded(self.steps, self.steps + 1) and not _closure(args, kwargs):
+            self._gradients = self._norms()
+        if self.steps == 0:
+            # Not earlier: weights may be loaded after `watch`. The step's update of the target may be over already.
+            self._panel.before_update(self._trained, self._copies, entire=False)
 
     def _after_update(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._micro_batches = self._micro_batches or self._taps.micro_batches
         self._pending += 1
         if _closure(args, kwargs) and self._is_recorded(self.steps, self.steps + 1):
             self._gradients = self._norms()
+
+    def _note_target(self) -> None:
+        """Note the target after a step, if the next one is recorded: between the two lies one update of it, whether
+        the loop makes it after the optimizer's step, before the forward pass or anywhere else."""
+        if self._is_recorded(self.steps, self.steps + 1):
+            self._panel.before_update(self._trained, self._copies)
 
     def _norms(self) -> dict[str, Tensor]:
         return gradient_norms({part: module.parameters() for part, module in self._networks.online.items()})
@@ -320,7 +325,9 @@ class Watch:
 
     def _flush(self) -> None:
         if self.steps > self._recorded_at:
+            self._panel.forget()  # what was noted after this very step is for the next one
             self._record_step()
+            self._note_target()
 
     def _record_step(self) -> None:
         self._recorded_at = self.steps
@@ -347,30 +354,22 @@ class Watch:
         # What the loop makes of the backbone's maps is known before the first batch: the projector takes it.
         head = online.get("projector", nn.Identity())
         first = next((m for m in head.modules() if isinstance(m, nn.Linear)), None)
-        with self._aside():
+        with loop_facts.without_trace():
             return self._labelled.measure(
                 online.get("backbone") or online["projector"], None if first is None else first.in_features
             )
-
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        """Pass something through the networks that is no part of training, and leave no trace of it."""
-        devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
-            yield
 
     # ------------------------------------------------------------ facts
 
     def _learn_first(self, branches: Branches, micro_batches: int, loss: Metric | None) -> None:
         """What the first step shows: sizes, views, precision, the stem, and what kind of loss it is."""
-        precision = self._taps.precision
-        found = loop_facts.of_batch(branches, micro_batches, precision, together=self._taps.together)
-        with self._aside():
+        found = loop_facts.of_batch(branches, micro_batches, self._taps)
+        with loop_facts.without_trace():
             found |= loop_facts.of_maps(self._networks, branches.views[0])
         if isinstance(loss, Tensor):
             found["loss_precision"] = loop_facts.LOSS_PRECISION.get(loss.dtype)
         if loss is not None:
-            found |= loop_facts.of_loss(branches, float(detached(loss)), exact=precision == "fp32")
+            found |= loop_facts.of_loss(branches, float(detached(loss)), exact=self._taps.precision == "fp32")
         self._journal.learn(found)
 
     def _look_at_target(self) -> None:

@@ -25,14 +25,15 @@ from sslkit import registry
 from sslkit.api import Component, RunInfo
 from sslkit.errors import UserError, did_you_mean
 from sslkit.registry import KINDS
-from sslkit.testing.core import CHECKS, Check, Nonconforming, NotApplicable, Result, attempt
+from sslkit.testing.core import CHECKS, Check, CheckResult, attempt
+from sslkit.testing.outcome import Nonconforming, NotApplicable
 
 if TYPE_CHECKING:
     import pytest
 
     from sslkit.testing.bench import Bench
 
-__all__ = ["Check", "Nonconforming", "NotApplicable", "Result", "checks", "parametrize", "run_checks", "run_info"]
+__all__ = ["Check", "CheckResult", "Nonconforming", "NotApplicable", "checks", "parametrize", "run_checks", "run_info"]
 
 
 _MODULES = ("spec", "networks", "losses", "targets", "views", "sources", "optimizers", "training", "devices")
@@ -53,7 +54,7 @@ def run_info(image_size: int = 32, channels: int = 3) -> RunInfo:
     return bench.run_info(image_size, channels)
 
 
-def run_checks(component: Component, *, run: RunInfo | None = None, slow: bool = True) -> list[Result]:
+def run_checks(component: Component, *, run: RunInfo | None = None, slow: bool = True) -> list[CheckResult]:
     """Run every check of the component's kind, and tell how each ended.
 
     Args:

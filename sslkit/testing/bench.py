@@ -16,7 +16,7 @@ from sslkit.api import Component, DataInfo, ParamGroup, RunInfo
 from sslkit.batch import Branches, LossTerms, Needs, ViewSpec
 from sslkit.data import cache_folder
 from sslkit.errors import UserError
-from sslkit.testing.core import Nonconforming, NotApplicable, described, require
+from sslkit.testing.outcome import Nonconforming, NotApplicable, described, require
 
 BATCH = 16
 """Images of a step."""
@@ -48,9 +48,10 @@ def run_info(image_size: int = 32, channels: int = 3, views: Sequence[ViewSpec] 
 
 
 def view_sets(size: int) -> list[tuple[ViewSpec, ...]]:
-    """Views that a loss is offered in turn, until it takes some."""
+    """Views that a loss is offered in turn; of those that it takes, the first are those of its other checks."""
     wide, small = ViewSpec(size), ViewSpec(max(8, size // 2), "local")
-    return [(wide,) * 2, (wide, wide, small, small), (wide,) * 4, (wide,)]
+    crops = [(wide,) * 2 + (small,) * n for n in (2, 4, 6)]
+    return [(wide,) * 2, crops[0], (wide,) * 3, (wide,) * 4, *crops[1:], (wide,)]
 
 
 def pictures(n: int, run: RunInfo, seed: int = 0) -> Tensor:
@@ -116,10 +117,10 @@ class Bench:
         except Exception as error:  # whatever a stranger's code raises
             raise NotApplicable(f"needs what build() opens, and it raised {described(error)}") from error
 
-    def module(self, in_dim: int = 12, seed: int = 0) -> nn.Module:
-        """A backbone, a head, a loss or a target updater."""
+    def module(self, in_dim: int = 12, seed: int = 0, run: RunInfo | None = None) -> nn.Module:
+        """A backbone, a head, a loss or a target updater; a loss for the views of `run`."""
         arguments = {"head": (in_dim,), "loss": (DIM,)}.get(self.kind, ())
-        run = self.loss_run if self.kind == "loss" else self.run
+        run = (run or self.loss_run) if self.kind == "loss" else self.run
         made = self.built(*arguments, run=run, seed=seed)
         if not isinstance(made, nn.Module):
             raise NotApplicable("needs a torch.nn.Module; see the check builds")
@@ -140,37 +141,45 @@ class Bench:
     # ------------------------------------------------------------ what a loss is given
 
     @cached_property
-    def loss_run(self) -> RunInfo:
-        """The run with the first set of views that the loss takes; that with two views where it takes none."""
-        for specs in view_sets(self.run.image_size):
+    def loss_runs(self) -> tuple[RunInfo, ...]:
+        """The runs with each set of views that the loss takes; that with two views where it takes none."""
+        sets = view_sets(self.run.image_size)
+        found = []
+        for specs in [*sets, self.run.views] if self.run.views not in sets else sets:
             run = run_with(self.run, specs)
             try:
                 self.component.build(DIM, run).needs(specs)  # type: ignore[attr-defined]
             except UserError:
                 continue
-            except Exception:  # whatever else is wrong with it is told by the checks that ask
-                break
-            return run
-        return run_with(self.run, view_sets(self.run.image_size)[0])
+            except Exception:  # the checks that ask for these views will say what is wrong
+                pass
+            found.append(run)
+        return tuple(found) or (run_with(self.run, sets[0]),)
 
-    def needs(self, loss: Any) -> Needs:
-        """What the loss wants of the views.
+    @property
+    def loss_run(self) -> RunInfo:
+        """The run with the first set of views that the loss takes."""
+        return self.loss_runs[0]
+
+    def needs(self, loss: Any, run: RunInfo | None = None) -> Needs:
+        """What the loss wants of the views, which are those of `run`.
 
         Raises:
             NotApplicable: it says so in no valid way, which is for the check `needs` to say.
         """
         try:
-            needs = loss.needs(self.loss_run.views)
+            needs = loss.needs((run or self.loss_run).views)
         except Exception as error:  # whatever a stranger's code raises
             raise NotApplicable(f"needs an answer of needs(), and it raised {described(error)}") from error
         if not isinstance(needs, Needs):
             raise NotApplicable("needs an answer of needs(); see the check needs")
         return needs
 
-    def branches(self, needs: Needs, seed: int = 0, n: int = BATCH) -> Branches:
-        """What networks might make of two or more views: leaves that record gradients, targets that do not."""
+    def branches(self, needs: Needs, seed: int = 0, n: int = BATCH, run: RunInfo | None = None) -> Branches:
+        """What networks might make of the views of `run`: leaves that record gradients, targets that do not."""
         drawn = randomness.generator(seed, "branches")
-        specs = self.loss_run.views
+        run = run or self.loss_run
+        specs = run.views
         common = torch.randn(n, DIM, generator=drawn)
 
         def rows(wanted: Sequence[int], width: int = DIM) -> list[Tensor | None]:
@@ -186,9 +195,9 @@ class Bench:
             rows(needs.predictions),
             rows(needs.targets),
             torch.randperm(IMAGES, generator=drawn)[:n],
-            torch.arange(n) % CLASSES,
+            torch.arange(n) % CLASSES if run.labelled else None,
         )
-        for tensors in (made.projections, made.predictions):
+        for tensors in (made.embeddings, made.projections, made.predictions):
             for tensor in tensors:
                 if tensor is not None:
                     tensor.requires_grad_()

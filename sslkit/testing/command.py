@@ -15,7 +15,7 @@ from sslkit import registry, testing
 from sslkit.api import KIND_CLASSES, Component
 from sslkit.describe import as_toml
 from sslkit.errors import UserError, did_you_mean
-from sslkit.testing.core import Result, attempt
+from sslkit.testing.core import CheckResult, attempt
 
 
 def check_plugin(
@@ -39,7 +39,7 @@ def check_plugin(
     """
     component = _component(key, overrides)
     bench = testing.bench_of(component, testing.run_info(image_size, channels))
-    results: list[Result] = []
+    results: list[CheckResult] = []
     if not as_json:
         provider = registry.find(component.kind, registry.name_of(type(component)))
         options = component.model_dump(mode="json", exclude_unset=True)
@@ -76,7 +76,7 @@ def check_plugin(
     return 1 if failed else 0
 
 
-def summary(key: str, results: Sequence[Result]) -> str:
+def summary(key: str, results: Sequence[CheckResult]) -> str:
     """The last line: how many passed, and what failed."""
     applied = [r for r in results if r.status != "not applicable"]
     failed = [r.check for r in results if r.status == "failed"]

@@ -1,26 +1,17 @@
-"""What a check is, how it ends, and the list of all of them. No torch at import."""
+"""What a check is, how it ended, and the list of all of them. No torch at import."""
 
 from __future__ import annotations
 
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from sslkit.registry import KINDS
+from sslkit.testing.outcome import Nonconforming, NotApplicable, described
 
 if TYPE_CHECKING:
     from sslkit.testing.bench import Bench
-
-
-class Nonconforming(AssertionError):
-    """The component fails a check; the message says what to change."""
-
-
-class NotApplicable(Exception):
-    """The check asks nothing of this component; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,7 @@ class Check:
 
 
 @dataclass(frozen=True)
-class Result:
+class CheckResult:
     """How a check ended."""
 
     check: str
@@ -81,18 +72,7 @@ def check(what: str, *kinds: str, slow: bool = False) -> Callable[[Callable[[Ben
     return add
 
 
-def require(holds: object, advice: str) -> None:
-    """Fail the check with advice, unless it holds.
-
-    Raises:
-        Nonconforming: it does not hold.
-    """
-    __tracebackhide__ = True
-    if not holds:
-        raise Nonconforming(advice)
-
-
-def attempt(one: Check, bench: Bench) -> Result:
+def attempt(one: Check, bench: Bench) -> CheckResult:
     """Run one check and tell how it ended."""
     start = time.perf_counter()
     status: Literal["ok", "failed", "not applicable"] = "ok"
@@ -103,14 +83,4 @@ def attempt(one: Check, bench: Bench) -> Result:
         status, message = "failed", str(error)
     except NotApplicable as error:
         status, message = "not applicable", str(error)
-    return Result(one.name, one.what, status, message, time.perf_counter() - start)
-
-
-def described(error: BaseException) -> str:
-    """`TypeError: ... (maths.py:12, in forward)`: an error, and the last line of the component's own code in it."""
-    first = (str(error).strip() or repr(error)).partition("\n")[0]
-    ours = str(Path(__file__).parent.parent)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(ours)]
-    own = [f for f in frames if "site-packages" not in f.filename and "<" not in f.filename] or frames
-    where = f" ({Path(own[-1].filename).name}:{own[-1].lineno}, in {own[-1].name})" if own else ""
-    return f"{type(error).__name__}: {first}{where}"
+    return CheckResult(one.name, one.what, status, message, time.perf_counter() - start)

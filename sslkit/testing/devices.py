@@ -7,20 +7,23 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from sslkit import local
 from sslkit.batch import Branches
 from sslkit.testing.bench import Bench, default_random_state, pictures, terms_of
-from sslkit.testing.core import Nonconforming, NotApplicable, check, described, require
+from sslkit.testing.core import check
 from sslkit.testing.engine import folder
 from sslkit.testing.networks import batch
+from sslkit.testing.outcome import Nonconforming, NotApplicable, described, require
 from sslkit.testing.targets import online_network
 from sslkit.testing.views import drawn, made
 
-IN_A_STEP = ("backbone", "head", "loss", "view_generator", "target_updater")
+IN_A_STEP = ("backbone", "head", "loss", "view_generator", "target_updater", "optimizer")
 GPU = "cuda:0"
 WAIT = 120
 """Seconds after which two processes are taken to hang."""
@@ -71,6 +74,8 @@ def _on_gpu(bench: Bench) -> tuple[str, str]:
         return "waits", described(error)
     except Exception as error:  # torch has no class of its own for these
         text = described(error)
+        if "NVIDIA driver" in str(error) or "not compiled with CUDA" in str(error):
+            raise NotApplicable(f"torch cannot tell without a GPU, which it asks for: {text}") from None
         if "numpy" in str(error):
             return "waits", text
         if "device" in str(error):
@@ -110,11 +115,32 @@ def _calls(bench: Bench) -> list[tuple[Any, tuple[Any, ...]]]:
         if target is None:
             raise NotApplicable("the updater makes no second network")
         return [(updater.update, (online, target, torch.tensor(0.5, dtype=torch.float64)))]
+    if bench.kind == "optimizer":
+        return [(_optimizer_steps(bench), (torch.ones(4, 3), torch.ones(3)))]
     function, arguments = _trial(bench)
     calls = [(function, arguments)]
     if bench.kind == "loss" and hasattr(function, "commit"):
         calls.append((torch.no_grad()(function.commit), (arguments[0].detached(),)))
     return calls
+
+
+def _optimizer_steps(bench: Bench) -> Callable[..., list[Tensor]]:
+    """Two steps, as the engine takes them, on parameters that hold the tensors given."""
+
+    def steps(*tensors: Tensor) -> list[Tensor]:
+        parameters = [nn.Parameter(tensor) for tensor in tensors]
+        optimizer: Any = bench.optimizer(parameters)
+        for _ in range(2):
+            for group in optimizer.param_groups:
+                group["lr"], group["weight_decay"] = 0.05, 0.01
+            for parameter in parameters:
+                parameter.grad = torch.ones_like(parameter)
+            if getattr(optimizer, "_step_supports_amp_scaling", False):
+                optimizer.grad_scale, optimizer.found_inf = None, torch.zeros((), device=parameters[0].device)
+            optimizer.step()
+        return list(parameters)
+
+    return steps
 
 
 def _moved(value: Any, mode: Any) -> Any:
@@ -180,6 +206,8 @@ def compiles(bench: Bench) -> None:
 )
 def two_processes(bench: Bench) -> None:
     """DistributedDataParallel over gloo, on two steps of the small recipe with half of each batch in each process."""
+    if local.source_of(bench.cls):
+        raise NotApplicable("a class of a local file cannot be found by another process")
     payload = pickle.dumps((sys.path, bench.component, bench.run))
     with folder() as path:
         (path / "component").write_bytes(payload)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from sslkit.errors import UserError
 from sslkit.recipe import Recipe, Train
 from sslkit.run_directory import RunDirectory
 from sslkit.testing.bench import BATCH, CLASSES, DIM, EPOCHS, IMAGES, Bench, pictures, view_sets
-from sslkit.testing.core import NotApplicable
+from sslkit.testing.outcome import NotApplicable
 from sslkit.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -60,6 +61,9 @@ class _Small(Recipe):
 
     def provenance(self) -> list[dict[str, str]]:
         return []
+
+    def computing(self) -> dict[str, Any]:
+        return dict(json.loads(self.model_dump_json(exclude={"data_source"}, exclude_none=True)))
 
     def to_toml(self) -> str:
         return 'name = "small"\n'

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sslkit.batch import Branches, LossTerms, Needs
+from sslkit import randomness
+from sslkit.api import RunInfo
+from sslkit.batch import Branches, LossTerms, Needs, ViewSpec
 from sslkit.errors import UserError
 from sslkit.testing.bench import (
     BATCH,
+    DIM,
     Bench,
     changed,
     default_random_state,
@@ -19,9 +24,11 @@ from sslkit.testing.bench import (
     terms_of,
     view_sets,
 )
-from sslkit.testing.core import Nonconforming, NotApplicable, check, require
+from sslkit.testing.core import check
+from sslkit.testing.outcome import Nonconforming, NotApplicable, described, require
 
 MICRO_BATCHES = 2
+TAKE_OR_REFUSE = "take them as they come, or let needs() refuse them with sslkit.errors.UserError"
 
 
 def evaluated(loss: nn.Module, branches: Branches) -> LossTerms:
@@ -32,26 +39,10 @@ def evaluated(loss: nn.Module, branches: Branches) -> LossTerms:
 
 @check("needs() names views that are there, and refuses too few with a UserError", "loss")
 def needs(bench: Bench) -> None:
-    """For two views, and for more where two do not suffice."""
+    """For every set of views that it does not refuse."""
+    for run in bench.loss_runs:
+        _needs(bench, run)
     loss: Any = bench.module()
-    specs = bench.loss_run.views
-    try:
-        wanted = loss.needs(specs)
-    except UserError as error:
-        tried = ", ".join(str(len(s)) for s in view_sets(bench.run.image_size))
-        raise Nonconforming(f"needs() refuses every set of views it was offered ({tried} views): {error}") from None
-    require(
-        isinstance(wanted, Needs),
-        f"needs() returns {type(wanted).__name__}; return sslkit.api.Needs(projections=(0, 1), ...)",
-    )
-    require(wanted.online, "needs() asks for no projection and no prediction, so there is nothing to train; name views")
-    for name in ("projections", "predictions", "targets"):
-        views = getattr(wanted, name)
-        require(
-            isinstance(views, tuple) and all(type(v) is int and 0 <= v < len(specs) for v in views),
-            f"needs(): {name} = {views!r} for {len(specs)} views; give a tuple of view numbers from 0 to "
-            f"{len(specs) - 1}",
-        )
     try:
         loss.needs(())
     except UserError:
@@ -65,14 +56,72 @@ def needs(bench: Bench) -> None:
         raise Nonconforming("needs() takes no views at all; raise sslkit.errors.UserError where they do not suffice")
 
 
+def _needs(bench: Bench, run: RunInfo) -> None:
+    specs = run.views
+    try:
+        wanted = bench.module(run=run).needs(specs)  # type: ignore[operator]
+    except UserError as error:
+        tried = ", ".join(_said(s) for s in view_sets(bench.run.image_size))
+        raise Nonconforming(
+            f"needs() refuses every set of views it was offered ({tried}): {error}. If it wants others, check it in a "
+            "run that has them: parametrize(..., run=...)"
+        ) from None
+    except NotApplicable:
+        raise
+    except Exception as error:  # whatever a stranger's code raises
+        raise Nonconforming(f"needs() raised {described(error)} for {_said(specs)} views; {TAKE_OR_REFUSE}") from error
+    require(
+        isinstance(wanted, Needs),
+        f"needs() returns {type(wanted).__name__}; return sslkit.api.Needs(projections=(0, 1), ...)",
+    )
+    require(wanted.online, "needs() asks for no projection and no prediction, so there is nothing to train; name views")
+    for name in ("projections", "predictions", "targets"):
+        views = getattr(wanted, name)
+        require(
+            isinstance(views, tuple) and all(type(v) is int and 0 <= v < len(specs) for v in views),
+            f"needs(): {name} = {views!r} for {len(specs)} views; give a tuple of view numbers from 0 to "
+            f"{len(specs) - 1}",
+        )
+
+
+def _said(specs: Sequence[ViewSpec]) -> str:
+    """`2`, or with local views `2 + 4 local`."""
+    local = sum(spec.kind == "local" for spec in specs)
+    return f"{len(specs) - local}" + (f" + {local} local" if local else "")
+
+
+def _for_all_views(bench: Bench, examine: Callable[[nn.Module, Needs, Branches], None]) -> None:
+    """Examine a loss built for each set of views that it takes.
+
+    Raises:
+        Nonconforming: with the views for which it fails.
+    """
+    for run in bench.loss_runs:
+        loss = bench.module(run=run)
+        wanted = bench.needs(loss, run)
+        try:
+            examine(loss, wanted, bench.branches(wanted, run=run))
+        except Nonconforming as error:
+            raise Nonconforming(f"{error} (with {_said(run.views)} views)") from None
+        except Exception as error:  # whatever a stranger's code raises
+            raise Nonconforming(
+                f"with {_said(run.views)} views forward raised {described(error)}; {TAKE_OR_REFUSE}"
+            ) from error
+
+
 @check("forward gives a finite scalar total with a gradient, and finite detached scalar terms", "loss")
 def loss_terms(bench: Bench) -> None:
-    """What the step minimises, and what is logged."""
-    loss = bench.module()
-    terms = evaluated(loss, bench.branches(bench.needs(loss)))
+    """What the step minimises, and what is logged; for every set of views that needs() takes."""
+    _for_all_views(bench, lambda loss, wanted, branches: _terms(evaluated(loss, branches)))
+
+
+def _terms(terms: LossTerms) -> None:
     total = terms.total
     require(isinstance(total, Tensor) and total.ndim == 0, f"total is {_shape(total)}; reduce it to a scalar: .mean()")
-    require(total.is_floating_point(), f"total is {total.dtype}; it has to be a floating point number")
+    require(
+        total.dtype in (torch.float32, torch.float64),
+        f"total is {total.dtype} for branches in float32; compute it in float32 at least: no .half(), no .bfloat16()",
+    )
     finite(total, "the total")
     require(total.requires_grad, "total has no gradient; compute it from the branches without detach() or no_grad()")
     for name, value in terms.terms.items():
@@ -95,13 +144,15 @@ def _shape(value: object) -> str:
 
 @check("a finite gradient reaches every view that needs() asks for, and every parameter of the loss", "loss")
 def loss_gradients(bench: Bench) -> None:
-    """What no gradient reaches is computed in vain."""
-    loss = bench.module()
-    wanted = bench.needs(loss)
-    branches = bench.branches(wanted)
+    """What no gradient reaches is computed in vain; for every set of views that needs() takes."""
+    _for_all_views(bench, _gradients)
+
+
+def _gradients(loss: nn.Module, wanted: Needs, branches: Branches) -> None:
     evaluated(loss, branches).total.backward()
     for view in wanted.online:
-        found = [t.grad for t in (branches.projections[view], branches.predictions[view]) if t is not None]
+        outputs = (branches.embeddings[view], branches.projections[view], branches.predictions[view])
+        found = [t.grad for t in outputs if t is not None]
         reached = [g for g in found if g is not None]
         for gradient in reached:
             finite(gradient, f"the gradient of view {view}")
@@ -119,12 +170,55 @@ def loss_gradients(bench: Bench) -> None:
             finite(parameter.grad, f"the gradient of {name!r}")  # type: ignore[arg-type]
 
 
+@check("the total and its gradient are finite where all views of an image agree", "loss")
+def finite_when_equal(bench: Bench) -> None:
+    """Where a norm or a deviation is 0: its root has an infinite slope there, its logarithm an infinite value."""
+    loss = bench.module()
+    branches = bench.branches(bench.needs(loss))
+    lists = (branches.embeddings, branches.projections, branches.predictions, branches.targets)
+    for tensors in lists:
+        present = [t for t in tensors if t is not None]
+        for tensor in present[1:]:
+            tensor.data.copy_(present[0])
+    if branches.projections[0] is not None:
+        for tensor in (t for tensors in lists[2:] for t in tensors if t is not None):
+            tensor.data.copy_(branches.projections[0])
+    total = evaluated(loss, branches).total
+    finite(total, "with equal views the total")
+    total.backward()
+    for name, tensors in zip(("embeddings", "projections", "predictions"), lists, strict=False):
+        for view, given in enumerate(tensors):
+            if given is not None and given.grad is not None:
+                finite(given.grad, f"with equal views the gradient of {name}[{view}]")
+
+
+@check("without labels it computes the same way, or refuses with a UserError before the first step", "loss")
+def unlabelled(bench: Bench) -> None:
+    """Most data has none; build() and needs() see `run.labelled`."""
+    run = replace(bench.loss_run, labelled=False, class_names=None)
+    component: Any = bench.component
+    try:
+        with randomness.seeded(0, bench.kind):
+            loss = component.build(DIM, run)
+        wanted = loss.needs(run.views)
+    except UserError:
+        return
+    try:
+        total = evaluated(loss, bench.branches(wanted, run=run)).total
+    except Exception as error:  # whatever a stranger's code raises
+        raise Nonconforming(
+            f"where labels are None forward raised {described(error)}; raise sslkit.errors.UserError in build() unless "
+            "run.labelled"
+        ) from error
+    finite(total, "without labels the total")
+
+
 @check("forward is pure: the same branches give the same loss, and nothing moves", "loss")
 def pure(bench: Bench) -> None:
     """Queues and centres move in commit, once after each optimizer step."""
     loss = bench.module()
     branches = bench.branches(bench.needs(loss))
-    lists = (branches.projections, branches.predictions, branches.targets)
+    lists = (branches.embeddings, branches.projections, branches.predictions, branches.targets)
     given = [t.detach().clone() for tensors in lists for t in tensors if t is not None]
     before = state_of(loss)
     first = evaluated(loss, branches).total.detach().clone()
@@ -188,7 +282,9 @@ def _rows(branches: Branches, rows: slice) -> Branches:
 def prevents_collapse(bench: Bench) -> None:
     """`train` warns of recipes in which nothing keeps a constant output away."""
     loss: Any = bench.module()
-    claim = getattr(loss, "prevents_collapse", None)
+    if not hasattr(loss, "prevents_collapse"):
+        raise NotApplicable("the loss does not say, and is not warned of")
+    claim = loss.prevents_collapse
     require(
         type(claim) is bool,
         f"{type(loss).__name__}.prevents_collapse is {claim!r}; write `prevents_collapse = True` in the class if a "
@@ -205,7 +301,7 @@ def commit(bench: Bench) -> None:
         raise NotApplicable("the loss has no commit(), so it has no state to move")
     branches = bench.branches(bench.needs(loss))
     detached = branches.detached()
-    lists = ("projections", "predictions", "targets")
+    lists = ("embeddings", "projections", "predictions", "targets")
     given = {f"{n} {v}": t.clone() for n in lists for v, t in enumerate(getattr(detached, n)) if t is not None}
     parameters = {name: p.detach().clone() for name, p in loss.named_parameters()}
     with torch.no_grad(), default_random_state(0):

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from sslkit import randomness
 from sslkit.evaluate import in_eval_mode
 from sslkit.testing.bench import BATCH, DIM, Bench, changed, data_info, default_random_state, finite, state_of
-from sslkit.testing.core import Nonconforming, check, described, require
+from sslkit.testing.core import check
+from sslkit.testing.outcome import Nonconforming, described, require
 
 WIDTHS = (12, 5)
 """Input dimensions that heads are built for."""
@@ -166,9 +167,9 @@ def gradients(bench: Bench) -> None:
         )
 
 
-@check("in eval mode, an image's features depend on that image alone and change nothing", "backbone")
+@check("in eval mode, what comes of an image depends on that image alone and changes nothing", "backbone", "head")
 def evaluation(bench: Bench) -> None:
-    """Features are then the same in whatever batches they are computed."""
+    """Features and projections are then the same in whatever batches they are computed."""
     module = bench.module().train()
     with torch.no_grad():
         module(batch(bench, seed=1))
@@ -178,14 +179,14 @@ def evaluation(bench: Bench) -> None:
         parts = torch.cat([module(images[:1]), module(images[1:])])
     require(
         torch.equal(whole, again),
-        "in eval mode the same images give other features the second time; let dropout "
+        "in eval mode the same images give another output the second time; let dropout "
         "and all that is random ask self.training",
     )
     differs = changed(before, state_of(module))
     require(differs is None, f"a forward pass in eval mode changes {differs!r}; move buffers only if self.training")
     require(
         torch.allclose(whole, parts, rtol=1e-3, atol=1e-4),
-        "in eval mode the features of an image depend on the other images of the batch; use running statistics (as "
+        "in eval mode the output for an image depends on the other images of the batch; use running statistics (as "
         "BatchNorm does) where self.training is False",
     )
 

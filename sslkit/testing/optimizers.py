@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sslkit import randomness
+from sslkit.errors import UserError
 from sslkit.testing.bench import Bench, changed
-from sslkit.testing.core import NotApplicable, check, require
+from sslkit.testing.core import check
+from sslkit.testing.outcome import Nonconforming, NotApplicable, described, require
 
 STEPS = 50
 RATE = 0.05
@@ -84,33 +87,49 @@ def descends(bench: Bench) -> None:
 
 @check("lr and weight_decay are read from the groups at every step", "optimizer")
 def rates_read(bench: Bench) -> None:
-    """They come from schedules; a value kept from the start would never change."""
+    """They come from schedules; a value kept from the start would never change.
+
+    Of two optimizers that took the same step, the next ones at another rate have to go elsewhere. Nothing is asked of
+    a rate of 0: weights that follow others slowly, as in Lookahead, move at that as well.
+    """
+    usual, faster, decayed = (
+        _after_steps(bench, lr, decay) for lr, decay in ((RATE, 0.0), (2 * RATE, 0.0), (RATE, 0.1))
+    )
+    require(
+        not torch.equal(usual, faster),
+        f"after a step at lr {RATE}, two at {2 * RATE} go where two at {RATE} go; read group['lr'] inside step()",
+    )
+    require(not torch.equal(usual, decayed), "weight_decay changes nothing; read group['weight_decay'] inside step()")
+
+
+def _after_steps(bench: Bench, lr: float, weight_decay: float) -> Tensor:
+    """The matrix after a step at `RATE` without decay, and two at these rates."""
     parameters, bottom = _problem()
     optimizer = bench.optimizer(parameters)
-    for lr in (RATE, 0.0, RATE):
-        before = _values(parameters)
-        _set(optimizer, lr, weight_decay=0.1)
+    for rates in ((RATE, 0.0), (lr, weight_decay), (lr, weight_decay)):
+        _set(optimizer, *rates)
         _step(optimizer, parameters, bottom)
-        differs = changed(before, _values(parameters))
-        if lr == 0:
-            require(
-                differs is None,
-                "a step at lr 0 moves the parameters; read group['lr'] inside step(), and scale "
-                "the whole step by it, momentum and weight decay included",
-            )
-        else:
-            require(differs is not None, f"a step at lr {lr} moves nothing; read group['lr'] inside step()")
-    parameters, _ = _problem()
-    moved = []
-    for decay in (0.0, 0.1):
-        fresh, _ = _problem()
-        optimizer = bench.optimizer(fresh)
-        _set(optimizer, RATE, decay)
-        for parameter in fresh:
-            parameter.grad = torch.ones_like(parameter)
+    return parameters[0].detach()
+
+
+@check("a parameter without a gradient stays as it is", "optimizer")
+def gradient_missing(bench: Bench) -> None:
+    """Such as a layer that is frozen for some epochs."""
+    parameters, bottom = _problem()
+    optimizer = bench.optimizer(parameters)
+    for with_gradient in (False, True, False):
+        _set(optimizer, RATE, weight_decay=0.1)
+        optimizer.zero_grad(set_to_none=True)
+        _distance(parameters, bottom).backward()
+        if not with_gradient:
+            parameters[0].grad = None
+        before = parameters[0].detach().clone()
         optimizer.step()
-        moved.append(fresh[0].detach())
-    require(not torch.equal(*moved), "weight_decay changes nothing; read group['weight_decay'] inside step()")
+        require(
+            with_gradient or torch.equal(before, parameters[0].detach()),
+            "step() moves a parameter whose grad is None; leave it out, weight decay and momentum included: "
+            "if p.grad is None: continue",
+        )
 
 
 @check("state saved and loaded into a fresh optimizer gives the same next step", "optimizer")
@@ -159,13 +178,38 @@ def optimizer_masked(bench: Bench) -> None:
 
 @check("value(step) is a finite float for every step from 0 to the end of the run", "schedule")
 def schedule_values(bench: Bench) -> None:
-    """Both ends included."""
-    value = bench.built()
-    for step in range(bench.run.total_steps + 1):
-        found = value(step)
+    """Both ends included, in this run and in shorter ones, unless build() refuses these with a UserError."""
+    component: Any = bench.component
+    whole = bench.run.total_steps
+    for total in sorted({1, 2, *range(3, 61, 3), whole}, key=lambda n: n != whole):
+        run = replace(bench.run, total_steps=total, steps_per_epoch=min(total, bench.run.steps_per_epoch))
+        if total == whole:
+            value = bench.built()
+        else:
+            try:
+                value = component.build(run)
+            except UserError:
+                continue
+            except Exception as error:  # whatever a stranger's code raises
+                raise Nonconforming(
+                    f"build() raised {described(error)} in a run of {total} steps; if there are too few, raise "
+                    "sslkit.errors.UserError"
+                ) from error
+        _finite_everywhere(value, total)
+
+
+def _finite_everywhere(value: Any, total: int) -> None:
+    for step in range(total + 1):
+        try:
+            found = value(step)
+        except Exception as error:  # whatever a stranger's code raises
+            raise Nonconforming(
+                f"value({step}) raised {described(error)} in a run of {total} steps (from 0 to run.total_steps, both "
+                "included); if these are too few, raise sslkit.errors.UserError in build()"
+            ) from error
         require(
             isinstance(found, float) and math.isfinite(found),
-            f"value({step}) is {found!r} in a run of {bench.run.total_steps} steps; return a finite Python float "
+            f"value({step}) is {found!r} in a run of {total} steps; return a finite Python float "
             "(steps go from 0 to run.total_steps, both included)",
         )
 

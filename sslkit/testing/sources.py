@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from sslkit import randomness
 from sslkit.testing.bench import Bench
-from sslkit.testing.core import NotApplicable, check, require
+from sslkit.testing.core import check
+from sslkit.testing.outcome import Nonconforming, NotApplicable, described, require
 
 KIND = "data_source"
+COMPARED = 64
+"""Images of a set that are compared between two openings."""
+READERS, READS, SWITCHES = 3, 3, 1000
+"""Threads that read at once, how often each, and how often it gives way to the others meanwhile."""
+LOCK = "open a file of each read's own, or take a threading.Lock around what several reads share"
 
 
 def _sets(bench: Bench) -> list[tuple[str, Any]]:
@@ -77,6 +90,53 @@ def _put(value: object) -> str:
     return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
 
 
+@check("several threads may read at the same time", KIND)
+def threads(bench: Bench) -> None:
+    """The engine reads ahead in one, and measures features in another."""
+    for name, which in _sets(bench):
+        try:
+            alike = _read_at_once(which)
+        except Exception as error:  # whatever a stranger's code raises
+            raise Nonconforming(
+                f"{name}.read() raised {described(error)} where {READERS} threads read at once; {LOCK}"
+            ) from error
+        require(alike, f"{name}.read() gives other images where {READERS} threads read at once; {LOCK}")
+
+
+def _read_at_once(images: Any) -> bool:
+    """Whether each of several threads is given what it asks for."""
+    rows = torch.linspace(0, len(images) - 1, min(len(images), COMPARED // 4)).long()
+    expected, start = images.read(rows), threading.Barrier(READERS)
+
+    def read(order: Tensor) -> bool:
+        start.wait()
+        with _giving_way():
+            return all(torch.equal(images.read(rows[order]), expected[order]) for _ in range(READS))
+
+    orders = [torch.randperm(len(rows), generator=randomness.generator(n, "threads")) for n in range(READERS)]
+    with ThreadPoolExecutor(READERS) as pool:
+        return all(list(pool.map(read, orders)))
+
+
+@contextmanager
+def _giving_way() -> Iterator[None]:
+    """Let other threads go ahead after every call of compiled code, such as one that seeks a place in a file.
+
+    What goes wrong once in a night does so at once then.
+    """
+    left, usual = iter(range(SWITCHES)), sys.getprofile()
+
+    def give_way(frame: object, event: str, argument: object) -> None:
+        if event == "c_return" and next(left, None) is not None:
+            time.sleep(1e-6)
+
+    sys.setprofile(give_way)
+    try:
+        yield
+    finally:
+        sys.setprofile(usual)
+
+
 @check("labels are int64 [N] on the CPU, or None", KIND)
 def labels(bench: Bench) -> None:
     """-1 is an image without one."""
@@ -105,7 +165,8 @@ def labels(bench: Bench) -> None:
 @check("the same data has the same fingerprint when it is opened again", KIND)
 def fingerprint(bench: Bench) -> None:
     """A run that goes on compares it, and refuses other images."""
-    first, second = bench.opened.fingerprint, bench.open().fingerprint
+    again = bench.open()
+    first, second = bench.opened.fingerprint, again.fingerprint
     require(
         isinstance(first, str) and first,
         f"fingerprint is {first!r}; make it a text, such as a digest of the images or of their names, sizes and times",
@@ -115,6 +176,15 @@ def fingerprint(bench: Bench) -> None:
         "the fingerprint is another one when the source is opened again, so no run could be "
         "resumed; leave out times of day, hash() (which is salted), ids and the order of sets",
     )
+    for name, which in _sets(bench):
+        other = getattr(again, name)
+        rows = torch.linspace(0, len(which) - 1, min(len(which), COMPARED)).long()
+        require(
+            other is not None and len(other) == len(which) and torch.equal(which.read(rows), other.read(rows)),
+            f"the fingerprint is the same when the source is opened again, but {name} holds other images, or in "
+            "another order; sort what is listed, draw splits from info.seed or the options, and compute the "
+            "fingerprint of images in their order",
+        )
 
 
 @check("`bad` lists what was left out, each with its path and its problem", KIND)

@@ -13,11 +13,12 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from sslkit import registry
+from sslkit import local, registry
 from sslkit.api import KIND_CLASSES, Component
 from sslkit.errors import UserError
 from sslkit.testing.bench import Bench
-from sslkit.testing.core import Nonconforming, check, require
+from sslkit.testing.core import check
+from sslkit.testing.outcome import Nonconforming, NotApplicable, require
 
 HEAVY = ("torch", "torchvision", "timm", "sklearn", "pandas", "tensorflow", "jax")
 """What takes seconds to import. `sslkit --help` and `list-plugins` read specs, and have to answer at once."""
@@ -62,6 +63,8 @@ def _import_alone(module: str) -> tuple[int, str]:
 @check("importing the spec's module imports neither torch nor anything as slow")
 def import_without_torch(bench: Bench) -> None:
     """In a fresh interpreter, for this one has torch already."""
+    if local.source_of(bench.cls):
+        raise NotApplicable("a class of a local file may import torch: nothing lists it")
     module = bench.cls.__module__
     code, said = _import_alone(module)
     if code == 3:

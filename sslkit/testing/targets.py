@@ -9,7 +9,8 @@ from torch import nn
 
 from sslkit import randomness
 from sslkit.testing.bench import Bench, changed, state_of
-from sslkit.testing.core import NotApplicable, check, require
+from sslkit.testing.core import check
+from sslkit.testing.outcome import NotApplicable, require
 
 TAU = 0.75
 
@@ -66,6 +67,14 @@ def target_branch(bench: Bench) -> None:
     require(
         differs is None and trainable == [p.requires_grad for p in online.parameters()],
         "make() changes the online network; work on copy.deepcopy(online)",
+    )
+    held = {tensor.data_ptr() for tensor in (*updater.parameters(), *updater.buffers()) if tensor.numel()}
+    everything = [*online.named_parameters(), *online.named_buffers()]
+    shared = [name for name, tensor in everything if tensor.data_ptr() in held]
+    require(
+        not shared,
+        f"the updater holds the online network's {''.join(shared[:1])!r} as its own after make(): it would be moved to "
+        "the device and saved a second time. Keep no reference to `online`; update() is given it",
     )
     if source != "copy":
         require(

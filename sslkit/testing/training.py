@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
+from pathlib import Path
+
 from sslkit import checkpoint
-from sslkit.errors import RunFailed
+from sslkit.errors import RunFailed, UserError
 from sslkit.events import Bus, Hooks
 from sslkit.testing import engine
 from sslkit.testing.bench import Bench, changed
-from sslkit.testing.core import Nonconforming, NotApplicable, check, require
+from sslkit.testing.core import check
 from sslkit.testing.engine import STEPS, folder, state, steps, trainer
+from sslkit.testing.outcome import Nonconforming, NotApplicable, require
+from sslkit.trainer import Trainer
 
 TRAINED = ("backbone", "head", "loss", "target_updater", "view_generator", "optimizer")
 
@@ -16,28 +22,18 @@ TRAINED = ("backbone", "head", "loss", "target_updater", "view_generator", "opti
 @check("a run that is interrupted and resumed ends with the same weights as one that is not", *TRAINED, "observer")
 def resume(bench: Bench) -> None:
     """Saved to disk after one step, read into newly built parts, and taken on to the end of the epoch."""
+    if bench.kind == "observer":
+        _resume_observed(bench)
+        return
     with folder() as path:
         with trainer(bench, path / "whole") as whole:
             steps(whole, STEPS)
             expected = state(whole)
         with trainer(bench, path / "first") as first:
             steps(first, 1)
-            try:
-                first.save()
-            except RunFailed as error:
-                raise Nonconforming(
-                    f"its state cannot be saved: {error}; let state_dict() hold tensors, numbers and "
-                    "text, in dicts and lists"
-                ) from None
+            _save(first)
         with trainer(bench, path / "second") as second:
-            found, _ = checkpoint.newest(path / "first" / "checkpoints")
-            assert found is not None
-            try:
-                second.restore(found)
-            except RunFailed as error:
-                raise Nonconforming(
-                    f"its state cannot be loaded: {error}; let load_state_dict() take what state_dict() gives"
-                ) from None
+            _restore(second, path / "first")
             steps(second, STEPS - 1)
             differs = changed(expected, state(second))
     require(
@@ -48,6 +44,67 @@ def resume(bench: Bench) -> None:
     )
 
 
+def _resume_observed(bench: Bench) -> None:
+    """The same with all events of a run, and for what the run and its observer record."""
+    with folder() as path:
+        ends = []
+        for name in ("whole", "again"):
+            with trainer(bench, path / name) as whole:
+                _fit(whole, STEPS)
+                ends.append(state(whole))
+        with trainer(bench, path / "first") as first:
+            _fit(first, 1)
+        with trainer(bench, path / "second") as second:
+            _restore(second, path / "first")
+            _fit(second, STEPS)
+            differs = changed(ends[0], state(second))
+        require(differs is None, f"after a run was stopped at step 1 and resumed, {differs} differs at step {STEPS}")
+        expected, again, resumed = (_records(path / name) for name in ("whole", "again", "second"))
+    for (step, key), value in expected.items():
+        if value != again.get((step, key)):
+            continue  # a time, which no two runs share
+        found = resumed.get((step, key))
+        require(
+            value == found or (value is not None and found is not None and math.isclose(value, found, rel_tol=1e-5)),
+            f"after a run was stopped at step 1 and resumed, {key!r} is recorded as {found} at step {step} instead of "
+            f"{value}; give the observer state_dict() and load_state_dict() with all that it remembers between steps",
+        )
+
+
+def _fit(run: Trainer, stop: int) -> None:
+    try:
+        run.fit(stop)
+    except RunFailed as error:
+        _save(run)
+        raise NotApplicable(f"the run with it fails, see the check looks_only: {error}") from error
+
+
+def _records(path: Path) -> dict[tuple[int, str], float | None]:
+    """All that was recorded after step 1, by step and key."""
+    lines = map(json.loads, (path / "metrics.jsonl").read_text().splitlines())
+    return {(line["step"], key): value for line in lines if line["step"] > 1 for key, value in line.items()}
+
+
+def _save(run: Trainer) -> None:
+    try:
+        run.save()
+    except RunFailed as error:
+        raise Nonconforming(
+            f"its state cannot be saved: {error}; let state_dict() hold tensors, numbers and text, in dicts and lists"
+        ) from None
+
+
+def _restore(run: Trainer, path: Path) -> None:
+    found, _ = checkpoint.newest(path / "checkpoints")
+    assert found is not None
+    try:
+        run.restore(found)
+    except RunFailed as error:
+        raise Nonconforming(
+            f"its state cannot be loaded: {error}; let load_state_dict() take what state_dict() gives"
+        ) from None
+
+
 @check("its events exist, and it implements one at least", "observer")
 def hooks(bench: Bench) -> None:
     """A misspelt event would never be called."""
@@ -55,14 +112,12 @@ def hooks(bench: Bench) -> None:
     known = [name for name in vars(Hooks) if not name.startswith("_")]
     try:
         bus = Bus({"checked": observer})
-    except RunFailed as error:
+    except UserError as error:
         raise Nonconforming(f"{error}; events are {', '.join(known)}, with any of their arguments") from None
     if not bus.manager.get_hookcallers(observer):
-        meant = [name for name in known if callable(getattr(observer, name, None))]
         raise Nonconforming(
-            f"{type(observer).__name__} observes nothing; decorate "
-            + (f"{meant[0]}()" if meant else f"a method of the name of an event ({', '.join(known)})")
-            + " with @observes (from sslkit.events import observes)"
+            f"{type(observer).__name__} observes nothing; write a method of the name of an event ({', '.join(known)}) "
+            "under @observes (from sslkit.events import observes)"
         )
 
 

@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sslkit import randomness
+from sslkit import doctor, facts, randomness
 from sslkit.batch import ViewSpec
 from sslkit.testing.bench import Bench, default_random_state, finite, pictures
-from sslkit.testing.core import Nonconforming, NotApplicable, check, require
+from sslkit.testing.core import check
+from sslkit.testing.engine import small_parts
+from sslkit.testing.outcome import Nonconforming, NotApplicable, require
 
 KIND = "view_generator"
 N = 8
@@ -165,6 +167,21 @@ def view_subsets(bench: Bench) -> None:
                 f"{stage}() makes another view {number} of an image when other images are in the batch; let nothing "
                 "depend on the batch as a whole (its mean, its size, positions in it)",
             )
+
+
+@check("the health rules that look at views before training find nothing", KIND)
+def health(bench: Bench) -> None:
+    """In the small recipe: views that are normalised, differ, and are drawn for each image and each step."""
+    known = facts.gather(small_parts(bench))
+    found = [
+        finding
+        for finding in doctor.before(known)
+        if finding.severity != "info" and finding.key.partition(".")[0] == bench.kind
+    ]
+    require(
+        not found,
+        "; ".join(f"{finding.id}: {finding.sentence}" for finding in found),
+    )
 
 
 @check("the stored images stay as they are", KIND)

@@ -35,7 +35,7 @@ class TakesNothing(_Wrong):
 class TakesAnything(_Wrong):
     class Module(Distance):
         def needs(self, specs):
-            return Needs(projections=(0, 1))
+            return Needs(projections=tuple(range(len(specs[:2]))))
 
 
 class FarViews(_Wrong):
@@ -159,6 +159,55 @@ class Forgets(_Wrong):
             self.centre = torch.zeros(dim)
 
 
+class OnlyTwo(_Wrong):
+    class Module(Distance):
+        def needs(self, specs):
+            super().needs(specs)
+            return Needs(projections=tuple(range(len(specs))))
+
+        def forward(self, branches):
+            a, b = branches.projections
+            return LossTerms((a - b).square().mean())
+
+
+class CountsOnFour(_Wrong):
+    class Module(Distance):
+        def needs(self, specs):
+            super().needs(specs)
+            return Needs(projections=(0, 1) if len(specs) == 2 else (0, specs.index(specs[3])))
+
+
+class SameLabel(_Wrong):
+    class Module(Distance):
+        additive = False
+
+        def forward(self, branches):
+            a, b = branches.projections[:2]
+            same = (branches.labels[:, None] == branches.labels).float()
+            return LossTerms((same * torch.cdist(a, b)).mean())
+
+
+class Half(_Wrong):
+    class Module(Distance):
+        def forward(self, branches):
+            a, b = branches.projections[:2]
+            return LossTerms((a.half() - b.half()).square().mean())
+
+
+class LogOfDistance(_Wrong):
+    class Module(Distance):
+        def forward(self, branches):
+            a, b = branches.projections[:2]
+            return LossTerms((a - b).square().mean().log())
+
+
+class RootOfDistance(_Wrong):
+    class Module(Distance):
+        def forward(self, branches):
+            a, b = branches.projections[:2]
+            return LossTerms((a - b).square().sum(1).sqrt().mean())
+
+
 CASES = [
     Case(NoNeeds(), "needs", r"returns tuple; return sslkit.api.Needs\(projections="),
     Case(TakesNothing(), "needs", "refuses every set of views it was offered .*: never enough views"),
@@ -170,6 +219,12 @@ CASES = [
     Case(HoldsGraph(), "loss_terms", r"the term 'again' holds the graph; give value.detach\(\)"),
     Case(FloatTerm(), "loss_terms", "the term 'apart' is a float; make it a 0-dim tensor"),
     Case(NotFinite(), "loss_terms", "the total holds NaN or infinity; guard divisions"),
+    Case(OnlyTwo(), "loss_terms", r"with 2 \+ 2 local views forward raised ValueError.*or let needs\(\) refuse them"),
+    Case(CountsOnFour(), "needs", r"needs\(\) raised IndexError.* for 3 views; take them as they come, or let"),
+    Case(Half(), "loss_terms", "total is torch.float16 for branches in float32; compute it in float32"),
+    Case(SameLabel(), "unlabelled", r"where labels are None forward raised TypeError.*in build\(\) unless run"),
+    Case(LogOfDistance(), "finite_when_equal", "with equal views the total holds NaN or infinity"),
+    Case(RootOfDistance(), "finite_when_equal", r"with equal views the gradient of projections\[0\] holds NaN"),
     Case(Unfelt(), "loss_gradients", r"asks for view 1 .* gives it no gradient; use it without detach\(\), or leave"),
     Case(UnusedPrototypes(), "loss_gradients", "own parameter 'prototypes'; use it in forward, or make it a buffer"),
     Case(MovesInForward(), "pure", r"forward changes 'centre'; move queues, centres and counters in commit"),

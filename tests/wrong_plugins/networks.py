@@ -149,6 +149,15 @@ class OnTheHost(RightHead):
         return Module(in_dim, 5)
 
 
+class AlwaysDrops(RightHead):
+    def build(self, in_dim, run):
+        class Module(Linear):
+            def forward(self, x: Tensor) -> Tensor:
+                return super().forward(nn.functional.dropout(x, 0.5))
+
+        return Module(in_dim, 5)
+
+
 class Suspicious(RightHead):
     def build(self, in_dim, run):
         class Module(Linear):
@@ -170,8 +179,9 @@ CASES = [
     Case(LogOfNegative(), "output_shape", "holds NaN or infinity; guard divisions, logarithms"),
     Case(Unused(), "gradients", "no gradient reaches the parameter 'spare.weight'; use it in forward, or set"),
     Case(Cut(), "gradients", r"no gradient reaches the head's input.*remove detach\(\)"),
-    Case(BatchInEval(), "evaluation", "depend on the other images of the batch; use running statistics"),
+    Case(BatchInEval(), "evaluation", "depends on the other images of the batch; use running statistics"),
     Case(NoiseInEval(), "evaluation", "let dropout and all that is random ask self.training"),
+    Case(AlwaysDrops(), "evaluation", "another output the second time; let dropout and all that is random ask"),
     Case(MovesInEval(), "evaluation", "changes 'norm.num_batches_tracked'; move buffers only if self.training"),
     Case(NoAutocast(), "autocast", "raised RuntimeError: .*networks.py"),
     Case(Reads(), "never_waits", r"networks.py:\d+, in forward.*Leave out .item\(\).*use torch.where"),

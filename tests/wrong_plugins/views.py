@@ -145,6 +145,19 @@ class CountsBatches(_Views):
             return drawn | {"light": drawn["light"] * 0.9**self.batches}
 
 
+class RawClean(_Views):
+    class Module(Mirrored):
+        def clean(self, images):
+            return images.float() / 255
+
+
+class OneLight(_Views):
+    class Module(Mirrored):
+        def draw(self, n, generator):
+            drawn = super().draw(n, generator)
+            return drawn | {"light": drawn["light"][:1].expand(n, -1).clone()}
+
+
 CASES = [
     Case(ListOfSizes(), "view_specs", r"specs is \[32, 32\]; make it a tuple: \(ViewSpec"),
     Case(TextSize(), "view_specs", r"specs\[0\] is .*; size is a positive int"),
@@ -159,6 +172,8 @@ CASES = [
     Case(SameForTheBatch(), "views_differ", r"8 copies of one image get the same view 0; draw parameters of shape"),
     Case(SameForBothViews(), "views_differ", r"views 0 and 1 of an image are identical; draw parameters for each"),
     Case(BatchMean(), "view_subsets", "when other images are in the batch; let nothing depend on the batch"),
+    Case(RawClean(), "health", "views_not_normalised: .*is measured on have mean .*normalise by the mean and standard"),
+    Case(OneLight(), "health", "one_draw_per_batch: .*what is drawn as light is the same.*draw parameters for every"),
     Case(WritesImages(), "images_untouched", r"crop\(\) changes the stored images; make a copy first"),
     Case(WritesParameters(), "images_untouched", "changes the parameters; do not work on them in place"),
     Case(RandomClean(), "clean_images", r"clean\(\) gives other pictures the second time"),
