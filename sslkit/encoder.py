@@ -70,12 +70,14 @@ class ImageEncoder(nn.Module):
 
     def features(self, images: Tensor, batch_size: int = 500) -> Tensor:
         """The same for many images, float32 on their device: in batches, in eval mode, without gradients."""
+        _check_type(images)
         where = next((parameter.device for parameter in self.parameters()), images.device)
         with in_eval_mode(self):
             found = [self(part.to(where)).float().to(images.device) for part in images.split(batch_size)]
         return torch.cat(found)
 
     def _pixels(self, images: Tensor) -> Tensor:
+        _check_type(images)
         if images.ndim != 4 or images.shape[1] != self._channels:
             shape = f"[N, {self._channels}, H, W]"
             raise UserError(f"the encoder takes images of the shape {shape}, not {list(images.shape)}")
@@ -90,6 +92,14 @@ class ImageEncoder(nn.Module):
                 f"to {high:.3g}"
             )
         return images.clamp(0, 1).mul(255).round().to(torch.uint8)
+
+
+def _check_type(images: object) -> None:
+    if not isinstance(images, Tensor):
+        raise UserError(
+            f"the encoder takes a tensor, not a {type(images).__name__}; of PIL images of one size: "
+            "torch.stack([torchvision.transforms.functional.pil_to_tensor(image) for image in images])"
+        )
 
 
 def load_encoder(

@@ -155,7 +155,7 @@ def _module(source: Source, use: str) -> ModuleType:
     module = ModuleType(name)
     module.__file__ = str(source.path)
     sys.modules[name] = module  # before the code runs: pydantic reads a class's source by its module
-    with importing(shown(use), lambda error: _told(error, source.path)):
+    with importing(shown(use), lambda: source.path):
         try:
             exec(compile(source.text, str(source.path), "exec"), module.__dict__)
         except BaseException:
@@ -166,15 +166,16 @@ def _module(source: Source, use: str) -> ModuleType:
 
 
 @contextmanager
-def importing(called: str, told: Callable[[BaseException], str]) -> Iterator[None]:
-    """Run a stranger's module inside: whatever it raises, `sys.exit()` too, is a UserError about what is called so."""
+def importing(called: str, file: Callable[[], Path | None]) -> Iterator[None]:
+    """Run a stranger's module inside: whatever it raises, `sys.exit()` too, is a UserError about what is called so,
+    with the line of its file, or of the package whose `__init__.py` that is."""
     try:
         with redirect_stdout(sys.stderr):  # stdout may be JSON for another program
             yield
     except KeyboardInterrupt:
         raise
     except BaseException as error:
-        raise UserError(f"{called} failed to import: {told(error)}") from error
+        raise UserError(f"{called} failed to import: {in_short(error)}{_place_in(error, file())}") from error
 
 
 def in_short(error: BaseException) -> str:
@@ -187,12 +188,14 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or repr(error)).partition("\n")[0]
 
 
-def _told(error: BaseException, path: Path) -> str:
-    text = in_short(error)
-    if isinstance(error, SyntaxError):
-        return text
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return f"{text} (line {lines[-1]})" if lines else text
+def _place_in(error: BaseException, file: Path | None) -> str:
+    """` (net.py, line 3)`; empty if that is not known."""
+    if file is None or isinstance(error, SyntaxError):  # whose text says it
+        return ""
+    folder = file.parent if file.name == "__init__.py" else None
+    frames = traceback.extract_tb(error.__traceback__)
+    inside = [f for f in frames if f.filename == str(file) or (folder and Path(f.filename).is_relative_to(folder))]
+    return f" ({Path(inside[-1].filename).name}, line {inside[-1].lineno})" if inside else ""
 
 
 # ---------------------------------------------------------------- what was loaded

@@ -213,11 +213,12 @@ def find(kind: str, name: str) -> Provider:
         for provider in everything():
             if (provider.kind, provider.name) == (kind, name) and provider.disabled:
                 raise UserError(f"{kind} {name!r} is from {provider.origin}, which is disabled by {provider.disabled}")
+        other = next((f"; {p.origin} offers it as {p.key}" for p in everything() if p.name == name), "")
         valid = names(kind)
         listed = ", ".join(valid) if valid else "none is installed"
         raise UserError(
-            f"no {kind} is named {name!r}{did_you_mean(name, valid)} (installed: {listed}; after adding an entry "
-            "point to a package, install it again)"
+            f"no {kind} is named {name!r}{did_you_mean(name, valid)}{other} (installed: {listed}; after adding an "
+            "entry point to a package, install it again)"
         )
     return offered[0]
 
@@ -256,7 +257,7 @@ def _load(provider: Provider) -> Any:
         raise UserError(f"{called} {provider.problem}: install versions that fit each other")
     assert provider.entry_point is not None  # local components are not loaded here
     try:
-        with local.importing(called, local.in_short):
+        with local.importing(called, lambda: _source(provider.top)):
             loaded = provider.entry_point.load()
     except UserError:
         if problem := installed.wrong_api(_stated_api(provider.top)):  # it may import what only another version has

@@ -88,6 +88,8 @@ def train(
         if value not in valid:
             near = did_you_mean(str(value), filter(None, valid))
             raise UserError(f"{name}: should be {' or '.join(map(repr, valid))}, not {value!r}{near}")
+    if should_stop is not None and not callable(should_stop):
+        raise UserError(f"should_stop: should be a function that returns True or False, not {should_stop!r}")
     if steps is not None and (not isinstance(steps, int) or steps < 1):
         raise UserError(f"steps: should be a whole number of 1 or more, or None for the whole run, not {steps!r}")
     if isinstance(recipe, Recipe) and (lacking := list(filter(None, map(installed.unmet, recipe.requires)))):

@@ -72,6 +72,9 @@ def test_images_are_taken_as_bytes_and_as_floats(run: Path) -> None:
         encoder(torch.tensor([0.0, 255.0]).expand(2, 3, 16, 2).contiguous())
     with pytest.raises(sslkit.UserError, match=r"shape \[N, 3, H, W\], not \[3, 16, 16\]"):
         encoder(pictures[0])
+    for take in (encoder, encoder.features):
+        with pytest.raises(sslkit.UserError, match=r"takes a tensor, not a list; of PIL images .*pil_to_tensor"):
+            take([[0.0]])
     with pytest.raises(sslkit.UserError, match="as uint8, or as float"):
         encoder(pictures.int())
 

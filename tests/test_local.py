@@ -205,13 +205,13 @@ def test_a_file_is_run_once_and_again_when_it_changed() -> None:
         ("class WideHead: ...", "my_head.py:WideHead", "my_head.py:WideHead is not a head; derive it from the "
                                                        "head's class in sslkit.api"),
         ("x = 1\n1 / 0", "my_head.py:WideHead", "my_head.py:WideHead failed to import: ZeroDivisionError: division by "
-                                                "zero (line 2)"),
-        ("import sys\nsys.exit(3)", "my_head.py:WideHead", "my_head.py:WideHead failed to import: SystemExit: 3 (line"
-                                                           " 2)"),
+                                                "zero (my_head.py, line 2)"),
+        ("import sys\nsys.exit(3)", "my_head.py:WideHead", "my_head.py:WideHead failed to import: SystemExit: 3 "
+                                                           "(my_head.py, line 2)"),
         ("def (", "my_head.py:WideHead", "my_head.py:WideHead failed to import: SyntaxError: invalid syntax "
                                          "(my_head.py, line 1)"),
         ("import beside", "my_head.py:WideHead", "my_head.py:WideHead failed to import: ModuleNotFoundError: No module"
-                                                 " named 'beside' (line 1)"),
+                                                 " named 'beside' (my_head.py, line 1)"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_a_line_at_the_recipes_line(source: str, use: str, says: str) -> None:

@@ -99,8 +99,15 @@ def test_whatever_its_import_raises_is_one_line(install: Install, source: str, s
     with pytest.raises(UserError) as caught:
         registry.load("loss", "odd")
     assert str(caught.value).startswith(f"loss 'odd' from odd-dist 1.0 failed to import: {says}")
+    assert "(odd_raising.py, line " in str(caught.value)
     assert "\n" not in str(caught.value)
     sys.modules.pop("odd_raising", None)
+
+
+def test_a_name_under_another_kind_is_pointed_at(install: Install) -> None:
+    install("odd-dist", "projector.odd = odd_kind:X", {"odd_kind": ""})
+    with pytest.raises(UserError, match=r"no head is named 'odd'; odd-dist 1\.0 offers it as projector\.odd"):
+        registry.find("head", "odd")
 
 
 def test_ctrl_c_during_an_import_is_ctrl_c(install: Install) -> None:

@@ -189,6 +189,7 @@ def test_errors_are_exceptions_in_the_words_of_python(monkeypatch: pytest.Monkey
         ({"stop_on": "errors"}, "stop_on: .* not 'errors'; did you mean 'error'?"),
         ({"steps": 0}, "steps: should be a whole number of 1 or more"),
         ({"steps": 2.5}, "steps: should be a whole number"),
+        ({"should_stop": True}, "should_stop: should be a function that returns True or False, not True"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_made(argument: dict[str, Any], text: str) -> None:
