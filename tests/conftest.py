@@ -215,3 +215,20 @@ def noisy_cifar10(folder: Path, *, train: int, test: int) -> None:
             Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(file, "PNG")
             rows.append({"img": {"bytes": file.getvalue(), "path": None}, "label": number % 10})
         pq.write_table(pa.Table.from_pylist(rows), folder / "cifar10" / f"{split}.parquet")
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Callable[[str], str]:
+    """Writes the log of another program and gives its path."""
+
+    def write(text: str) -> str:
+        path = tmp_path / "log.csv"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def lines(values: Any, form: str = "{value}") -> str:
+    """A line for each value, as a log has them."""
+    return "\n".join(form.format(number=n, value=v) for n, v in enumerate(values)) + "\n"

@@ -6,13 +6,12 @@ import io
 import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, lines
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -24,20 +23,6 @@ THREAD = (0.1489, 0.0108, 0.0100, 0.0087, 0.0054, 0.0092, 0.0855, 0.2342, 0.0304
 """The losses of the forum thread."""
 WRONG = "1-(1-HPS['base_target_ema'])*(math.cos(math.pi*epoch/HPS['num_epochs']))/2"
 """Its formula of tau, as it stands there."""
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Callable[[str], str]:
-    def write(text: str) -> str:
-        path = tmp_path / "log.csv"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
-
-
-def lines(values: Any, form: str = "{value}") -> str:
-    return "\n".join(form.format(number=n, value=v) for n, v in enumerate(values)) + "\n"
 
 
 # ---------------------------------------------------------------- the thread

@@ -3,31 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import lines
 
 from sslkit.errors import UserError
 from sslkit.foreign import csv_run
 from sslkit.foreign.csv_run import Known
 
 THREAD = (0.1489, 0.0108, 0.0100, 0.0087, 0.0054)
-
-
-@pytest.fixture
-def log(tmp_path: Path) -> Callable[[str], str]:
-    def write(text: str) -> str:
-        path = tmp_path / "log.csv"
-        path.write_text(text, encoding="utf-8")
-        return str(path)
-
-    return write
-
-
-def lines(values: Any, form: str = "{value}") -> str:
-    return "\n".join(form.format(number=n, value=v) for n, v in enumerate(values)) + "\n"
 
 
 COLUMNS = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from sslkit.api import DataInfo, Images, ImageSet
 from sslkit.errors import UserError
+from sslkit_datasets.images import Opened
 
 if TYPE_CHECKING:
     from sslkit_datasets import Subset
@@ -32,17 +32,6 @@ class Part:
     def read(self, indices: Tensor) -> Tensor:
         """As `Images.read`."""
         return self.whole.read(self.rows[indices])
-
-
-@dataclass
-class Opened:
-    """A part of the training images and all of the rest (`sslkit.api.ImageSet`)."""
-
-    train: Images
-    test: Images | None
-    class_names: tuple[str, ...] | None
-    fingerprint: str
-    bad: Sequence[Mapping[str, str]]
 
 
 def draw(options: Subset, info: DataInfo) -> ImageSet:
