@@ -112,3 +112,12 @@ def joined(branches: list[Branches]) -> Branches:
         cat_one("labels"),
         branches[0].views,
     )
+
+
+def mean_of(terms: list[LossTerms]) -> LossTerms:
+    """The mean over micro-batches, outside the graph."""
+    import torch
+
+    total = torch.stack([t.total.detach() for t in terms]).mean()
+    names = terms[0].terms
+    return LossTerms(total, {name: torch.stack([t.terms[name].detach() for t in terms]).mean() for name in names})

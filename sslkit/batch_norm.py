@@ -36,6 +36,20 @@ def split_batch_norm(network: nn.Module, groups: int, where: str) -> None:
             )
 
 
+def running_statistics(network: nn.Module) -> list[Tensor]:
+    """The moving averages of every BatchNorm that takes them of its own process's share.
+
+    Being averages, their mean over W processes is what one process has with `split:W`.
+    """
+    return [
+        buffer
+        for module in network.modules()
+        if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(module, nn.SyncBatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+
+
 class _Split(nn.modules.batchnorm._BatchNorm):
     """BatchNorm with statistics of parts of a batch, as if each lay on a device of its own.
 

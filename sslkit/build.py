@@ -29,6 +29,7 @@ from sslkit.api import (
     value_of,
 )
 from sslkit.batch import Needs
+from sslkit.bf16 import refuse_broken_bf16
 from sslkit.data import cache_folder, channel_statistics
 from sslkit.errors import RunFailed, SslkitError, UserError
 from sslkit.recipe import Recipe
@@ -98,13 +99,21 @@ def open_data(recipe: Recipe, say: Callable[[str], None]) -> ImageSet:
     return _made(recipe.data_source, lambda: recipe.data_source.build(info))
 
 
-def describe_run(recipe: Recipe, data: ImageSet, device: torch.device) -> RunInfo:
+def describe_run(recipe: Recipe, data: ImageSet, device: torch.device, processes: int = 1) -> RunInfo:
     """The facts that components may ask for; the view specs are added once the views are built.
 
     Raises:
-        UserError: the training set is smaller than one batch.
+        UserError: the training set is smaller than one batch, or a batch cannot be shared among the processes.
     """
     images, size = len(data.train), recipe.train.batch_size
+    shares = processes * recipe.train.accumulate
+    if processes > 1 and (size % shares or size // shares < 2):
+        near = max(2, round(size / shares)) * shares
+        parts = f"{processes} processes" + (f" x accumulate = {shares // processes}" if shares > processes else "")
+        raise UserError(
+            f"train.batch_size is {size}, the images of a step of all processes, and {parts} cannot share it equally, "
+            f"two or more images each; choose {near}"
+        )
     if images < size:
         raise UserError(f"train.batch_size is {size}, but there are only {images} training images; make it smaller")
     first = data.train.read(torch.zeros(1, dtype=torch.int64))
@@ -121,13 +130,14 @@ def describe_run(recipe: Recipe, data: ImageSet, device: torch.device) -> RunInf
         total_steps=recipe.train.epochs * per_epoch,
         steps_per_epoch=per_epoch,
         batch_size=size,
+        world_size=processes,
         class_names=data.class_names,
         labelled=data.train.labels is not None,
     )
 
 
 def build_views(
-    recipe: Recipe, device: torch.device, say: Callable[[str], None]
+    recipe: Recipe, device: torch.device, say: Callable[[str], None], processes: int = 1
 ) -> tuple[ImageSet, RunInfo, ViewMaker]:
     """The data and what makes their views, without networks; the facts of the run include the views' specs.
 
@@ -135,12 +145,12 @@ def build_views(
         UserError: as `build` does, of these two parts.
     """
     data = open_data(recipe, say)
-    run = describe_run(recipe, data, device)
+    run = describe_run(recipe, data, device, processes)
     views = _made(recipe.view_generator, lambda: recipe.view_generator.build(run))
     return data, replace(run, views=tuple(views.specs)), views
 
 
-def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> Parts:
+def build(recipe: Recipe, device: torch.device, say: Callable[[str], None], processes: int = 1) -> Parts:
     """Make every part of a run. Each part's weights are keyed by the seed and its slot, so that swapping one part
     leaves the others' initial weights as they were.
 
@@ -149,7 +159,7 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> P
     """
     if device.type == "cuda" and recipe.train.precision == "fp32":
         torch.backends.cudnn.allow_tf32 = False  # fp32 means float32: TF32 keeps 10 bits of the fraction
-    data, run, views = build_views(recipe, device, say)
+    data, run, views = build_views(recipe, device, say, processes)
 
     updater = _made(recipe.target_updater, lambda: recipe.target_updater.build(run))
     with randomness.seeded(run.seed, "backbone"):
@@ -170,15 +180,19 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> P
 
     needs = _made(recipe.loss, lambda: cast(LossModule, loss).needs(run.views))
     _check_fit(recipe, needs, cast(LossModule, loss), cast(TargetModule, updater), predictor, run)
-    encoder, train = Encoder(backbone, projector), recipe.train
+    encoder, train, split = Encoder(backbone, projector), recipe.train, _groups_here(recipe, run)
     model = _made(
         recipe.target_updater,
-        lambda: Siamese(
-            encoder, predictor, cast(TargetModule, updater), run.views, needs, train.forward, train.batch_norm_groups
-        ),
+        lambda: Siamese(encoder, predictor, cast(TargetModule, updater), run.views, needs, train.forward, split),
     )
     if device.type == "cpu" and train.precision == "bf16":
-        _refuse_broken_bf16(backbone, run)
+        refuse_broken_bf16(backbone, run)
+    if train.batch_norm == "sync" and processes > 1:
+        if device.type == "cpu":
+            raise UserError(
+                "train.batch_norm = 'sync': torch's SyncBatchNorm needs GPUs; use 'local', or networks with GroupNorm"
+            )
+        model = cast(Siamese, nn.SyncBatchNorm.convert_sync_batchnorm(model))
     model.to(device)
     loss.to(device)
     updater.to(device)
@@ -196,6 +210,21 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> P
     return Parts(
         recipe, run, device, data, views, model, loss, updater, groups, optimizer, values, observers,
     )  # fmt: skip
+
+
+def _groups_here(recipe: Recipe, run: RunInfo) -> int:
+    """Groups of BatchNorm in one process.
+
+    Raises:
+        UserError: the processes cannot share them, or each would have one, which cannot be shuffled.
+    """
+    groups, processes = recipe.train.batch_norm_groups, run.world_size
+    if groups > 1 and processes > 1 and (groups % processes or groups == processes):
+        raise UserError(
+            f"train.batch_norm = 'split:{groups}': {processes} processes need two or more groups each, among which the "
+            f"target's images are shuffled; use 'split:{max(2, -(-groups // processes)) * processes}'"
+        )
+    return max(1, groups // processes)
 
 
 def parameter_groups(recipe: Recipe, model: Siamese, loss: nn.Module) -> list[ParamGroup]:
@@ -303,38 +332,6 @@ def _check_fit(
             f"train.accumulate = {parts}: loss {loss_name!r} compares the images of a batch with one another, so the "
             "losses of micro-batches do not add up to the loss of the batch; use accumulate = 1"
         )
-
-
-def _refuse_broken_bf16(backbone: nn.Module, run: RunInfo) -> None:
-    """Refuse convolutions whose weight gradient torch leaves partly unwritten on a CPU in bfloat16.
-
-    Those are wider than one pixel, with a stride, on a map of a single pixel (torch 2.15 with oneDNN). What lies in
-    that memory is at times NaN, at times a number, so the training would go wrong in silence.
-
-    Raises:
-        UserError: such a convolution meets such a map, for some size of the views.
-    """
-    found: list[str] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda m, args, name=name: _note_single_pixel(m, args, name, found))
-        for name, module in backbone.named_modules()
-        if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and max(module.kernel_size) > 1
-    ]
-    for size in sorted({view.size for view in run.views}):
-        with evaluate.in_eval_mode(backbone):
-            backbone(torch.zeros(1, run.channels, size, size))
-        if found:
-            raise UserError(
-                f"train.precision = 'bf16': on a CPU torch computes wrong gradients for the backbone's {found[0]}, "
-                f"which views of {size} px reach as a single pixel; use 'fp32', larger views or a small-image stem"
-            )
-    for hook in hooks:
-        hook.remove()
-
-
-def _note_single_pixel(module: nn.Module, args: tuple[torch.Tensor, ...], name: str, found: list[str]) -> None:
-    if args[0].shape[-2:] == (1, 1):
-        found.append(name)
 
 
 def _tried(spec: Component, network: nn.Module, attribute: str, given: torch.Tensor) -> torch.Tensor:

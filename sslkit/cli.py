@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import sslkit
-from sslkit import local, registry, words
+from sslkit import launcher, local, registry, words
 from sslkit.errors import SslkitError
 from sslkit.registry import KINDS, RULE
 
@@ -109,6 +109,7 @@ local_code = click.option(
     type=click.Choice(["error", "warning"]),
     help="End the run, with a checkpoint, when the doctor finds something as grave as this.",
 )
+@click.option("--nproc", type=click.IntRange(min=1), default=1, help="Processes to train in: one for each GPU.")
 @click.option("--dry-run", is_flag=True, help="Show what would be trained, with a few measured steps; writes no run.")
 @local_code
 @leaving_out
@@ -123,6 +124,7 @@ def train(
     resume: Any,
     strict: bool,
     stop_on: Any,
+    nproc: int,
     dry_run: bool,
 ) -> None:
     """Train RECIPE, or go on where it was stopped.
@@ -132,12 +134,18 @@ def train(
     """
     from sslkit.recipe import read_recipe
 
+    if (code := launcher.left()) is not None:
+        ctx.exit(code)
     read_recipe(recipe, overrides)  # mistakes are told before torch is imported, which takes seconds
     if dry_run:
         from sslkit.plan import show_plan
 
+        if nproc > 1:
+            raise click.UsageError("--dry-run measures one process; leave --nproc out")
         show_plan(recipe, overrides, device=device)
         return
+    if nproc > 1:
+        ctx.exit(launcher.launch(nproc, launcher.without_option(sys.argv[1:], "--nproc")))
     from sslkit import launch
 
     ctx.exit(

@@ -58,7 +58,7 @@ class RunInfo:
     batch_size: int
     """Global: over all processes and micro-batches."""
     world_size: int = 1
-    """Processes that train together; the engine runs one."""
+    """Processes that train together, each with an equal share of every batch."""
     class_names: tuple[str, ...] | None = None
     """Names of the classes, by label, where the data source has them."""
     labelled: bool = False
@@ -172,10 +172,11 @@ class BackboneModule(Protocol):
             `forward` makes goes where its input is.
         autocast: `forward` runs under autocast to bfloat16 where `train.precision` is `"bf16"`; weights stay float32.
         processes: Each process sees its share of the batch. Every trainable parameter takes part in every step, or
-            DistributedDataParallel waits for it; BatchNorm's statistics are of the own share.
+            DistributedDataParallel waits for it. BatchNorm's statistics are of the own share unless
+            `train.batch_norm` is `"sync"`; the engine keeps their moving averages equal.
         state: Parameters and persistent buffers, in every checkpoint. It has to bear `copy.deepcopy`, which target
             updaters use.
-        randomness: Torch's default generator: keyed by the seed in `build`, by seed and step in `forward`.
+        randomness: Torch's default generator: keyed by the seed in `build`, by seed, step and process in `forward`.
         called: In training mode once for each view that the loss wants, a target's copy without gradient; in eval mode
             without gradient to measure features, where an image's features depend on that image alone.
     """
@@ -197,10 +198,12 @@ class HeadModule(Protocol):
         device: Built on the CPU and moved. A tensor that `forward` makes goes where its input is.
         autocast: `forward` runs under autocast to bfloat16 where `train.precision` is `"bf16"`; weights stay float32.
         processes: Each process sees its share of the batch. Every trainable parameter takes part in every step, or
-            DistributedDataParallel waits for it; BatchNorm's statistics are of the own share.
+            DistributedDataParallel waits for it. BatchNorm's statistics are of the own share unless
+            `train.batch_norm` is `"sync"`; the engine keeps their moving averages equal.
         state: Parameters and persistent buffers, in every checkpoint. A projector has to bear `copy.deepcopy`, which
             target updaters use.
-        randomness: Torch's default generator: keyed by the seed and the slot in `build`, by seed and step in `forward`.
+        randomness: Torch's default generator: keyed by the seed and the slot in `build`, by seed, step and
+            process in `forward`.
         called: In training mode once for each view that the loss wants, a target's projector without gradient; in eval
             mode where an observer measures projections.
     """
@@ -223,18 +226,21 @@ class LossModule(Protocol):
             float64.
         device: Built on the CPU and moved. A tensor that `forward` makes goes where the branches are.
         autocast: `forward` and `commit` run outside autocast.
-        processes: Each process has its share of the batch. A loss that compares images with those of other processes
-            gathers them itself, with their gradient; the engine runs one process and leaves that to be.
+        processes: A loss that is `additive` is given each process's share of the batch, and the mean over processes is
+            taken. Any other is given the whole batch in each process, with gradients. `commit` is given the whole batch
+            in each, and has to do the same in each.
         state: Parameters, which are trained in the group `loss`, and persistent buffers, in every checkpoint. On a GPU
             `commit` is called after a step that was not finite, too, and buffers are put back as they were: keep what
             moves in buffers.
-        randomness: Torch's default generator: keyed by the seed in `build`, by seed and step in `forward`.
+        randomness: Torch's default generator: keyed by the seed in `build`, by seed and step in `forward`, the same in
+            every process.
         called: `needs` before the first step; `forward` once for each micro-batch; `commit` once for each optimizer
             step, after the target has moved, without gradient and with all micro-batches joined.
     """
 
     additive: bool
-    """True where the mean of the losses of micro-batches is the loss of the batch; gradient accumulation needs it."""
+    """True where the mean of the losses of micro-batches is the loss of the batch; gradient accumulation needs it. With
+    several processes each then computes its own share; where it is False, all images are brought to each process."""
     prevents_collapse: bool
     """True where a constant output is a bad solution of the loss itself (negatives, a variance term, centring). False
     where only a predictor and a slow target keep it away; `train` then warns of parts that cannot. May be left out: a

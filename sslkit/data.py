@@ -6,7 +6,7 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +46,20 @@ class Draw:
 class Feed:
     """Gives the `Draw` of any step; reads ahead in a thread where the images are not resident on the device."""
 
-    def __init__(self, images: Images, views: ViewMaker, run: RunInfo, device: torch.device) -> None:
+    def __init__(
+        self,
+        images: Images,
+        views: ViewMaker,
+        run: RunInfo,
+        device: torch.device,
+        share: Callable[[Tensor], Tensor] = lambda rows: rows,
+    ) -> None:
+        """
+        Args:
+            images, views, run, device: what is read and made, and where it goes.
+            share: of the rows of a global batch, those that this process reads.
+        """
+        self.share = share
         self.images, self.views, self.run, self.device = images, views, run, device
         self.resident = self._resident(images.tensor)
         self.labels = None if images.labels is None else images.labels.to(device)
@@ -72,7 +85,8 @@ class Feed:
         """The images and view parameters of the update after `step`."""
         indices = self.indices(step)
         parameters = self.views.draw(len(indices), randomness.generator(self.run.seed, "views", step))
-        on_device = {name: self._send(values) for name, values in parameters.items()}
+        on_device = {name: self._send(self.share(values)) for name, values in parameters.items()}
+        indices = self.share(indices)
         where = self._send(indices)
         if self.resident is not None:
             pictures = self.resident.index_select(0, where)

@@ -41,6 +41,7 @@ def gather(parts: Parts) -> Facts:
     recipe, run, model, data = parts.recipe, parts.run, parts.model, parts.data
     tau = (lambda step: cast(float, parts.target.tau(step))) if parts.target.tau(0) is not None else None
     shown = _spread(data.train, IMAGES)
+    apart = 1 if recipe.train.batch_norm == "sync" else run.world_size
     with torch.random.fork_rng(devices=[parts.device] if parts.device.type == "cuda" else []):
         return Facts(
             name=recipe.name,
@@ -66,7 +67,7 @@ def gather(parts: Parts) -> Facts:
             **map_facts(model.online.backbone, parts.views.clean(shown[:1].to(parts.device)), run.views[0].size),
             trained_parts=tuple(dict.fromkeys(group.part for group in parts.groups)),
             **normalisation_facts([model.online.backbone, model.online.projector, model.predictor]),
-            batch_norm_images=run.batch_size // recipe.train.accumulate // recipe.train.batch_norm_groups,
+            batch_norm_images=run.batch_size // recipe.train.accumulate // max(recipe.train.batch_norm_groups, apart),
             batch_norm_shuffled=model.shuffles,
             predictor_learns=model.predictor is not None and any(True for _ in model.predictor.parameters()),
             projector_normalised=ends_normalised(model.online.projector),

@@ -10,28 +10,28 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
-from sslkit import checkpoint, doctor, local, registry, view_grid
+from sslkit import distributed, doctor, launcher, local, registry, view_grid
 from sslkit.attending import Attending
 from sslkit.build import Parts, choose_device, resolve_compile
-from sslkit.diff import differences
+from sslkit.distributed import World
 from sslkit.errors import RunFailed, SslkitError, UserError
 from sslkit.preparation import prepare, tell_findings, view_pixels
 from sslkit.progress import Display, PatientConsole, say
 from sslkit.randomness import undisturbed
-from sslkit.recipe import Recipe, parse_recipe, read_recipe
+from sslkit.recipe import Recipe, read_recipe
 from sslkit.result import Result, Status
+from sslkit.resuming import choose_directory, going_on, newest_checkpoint, opened, with_compile
 from sslkit.rules import Severity
 from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment
 from sslkit.stopping import StopSignals
 from sslkit.summary import announce, device_name, summarise
 from sslkit.trainer import Trainer
-from sslkit.words import COMMAND, spoken
+from sslkit.words import spoken
 
 EXIT_CODES = {"interrupted": 130, "lost": 1}
 """What `sslkit train` ends with, by the status of its run; 0 for the others."""
@@ -67,7 +67,7 @@ def train(
         recipe, source, overrides, steps=steps, device=device, run_dir=run_dir, resume=resume, strict=strict,
         stop_on=stop_on, console=console or PatientConsole(),
     )  # fmt: skip
-    return EXIT_CODES.get(result.status, 0)
+    return launcher.leave(EXIT_CODES.get(result.status, 0))
 
 
 def run(
@@ -105,45 +105,57 @@ def run(
         UserError: the recipe, the options or the machine do not allow it.
         RunFailed: the run began and could not go on.
     """
-    where = choose_device(device)
-    path = _choose_directory(recipe.name, run_dir, resume)
-    with _opened(path) as files, undisturbed(where):
-        earlier = _earlier_recipe(files, leave=local.is_allowed() or bool(recipe.local_parts()))
-        if earlier is not None:
-            given = source is not None and spoken() is COMMAND
-            arguments = [str(source), *(f"--set={o}" for o in overrides)] if given else []
-            arguments += ["--allow-local-code"] if given and recipe.local_parts() else []
-            recipe = _compare(recipe, earlier, path, arguments)
-            if _finished(files):
-                console.print(f"{path}: this run is finished", highlight=False)
-                summarise(files.path, console)
-                return Result.of(files.path, "done")
-        with _reported(files, recipe):
-            parts, known = prepare(recipe, source, overrides, where, partial(say, console))
-            tell_findings(known, source, overrides, console, strict=strict)
-            attending = Attending(known, partial(say, console), stop_on)
-            return Result.of(files.path, _train(parts, files, attending, StopSignals(should_stop), steps, console))
+    with distributed.joined(choose_device(device)) as (world, where), undisturbed(where):
+        if not world.is_first:
+            console = Console(quiet=True)
+        try:
+            path = world.first(lambda: choose_directory(recipe.name, run_dir, resume))
+            with opened(path, world) as files:
+                chosen = world.first(lambda: going_on(files, recipe, source, overrides, console))
+                if chosen == "finished":
+                    return Result.of(files.path, "done")
+                recipe = with_compile(recipe, chosen)
+                with _reported(files, recipe, world):
+                    parts, known = world.together(
+                        lambda: prepare(recipe, source, overrides, where, partial(say, console), world.size)
+                    )
+                    world.first(lambda: tell_findings(known, source, overrides, console, strict=strict))
+                    attending = Attending(known, partial(say, console), stop_on)
+                    signals = StopSignals(should_stop)
+                    return Result.of(files.path, _train(parts, files, attending, signals, steps, console, world))
+        except SslkitError as error:
+            if not isinstance(error, distributed.EndedElsewhere | distributed.PeerLost):
+                launcher.leave(error.exit_code)  # starting again would only meet it again
+            if distributed.tells(error, world):
+                raise
+            raise type(error)() from None
 
 
 def _train(
-    parts: Parts, files: RunDirectory, attending: Attending, signals: StopSignals, steps: int | None, console: Console
+    parts: Parts,
+    files: RunDirectory,
+    attending: Attending,
+    signals: StopSignals,
+    steps: int | None,
+    console: Console,
+    world: World,
 ) -> Status:
     device = parts.device
     recipe = parts.recipe = resolve_compile(parts.recipe, view_pixels(parts), device.type)
-    found = _newest_checkpoint(files, parts, console)
+    found = newest_checkpoint(files, parts, console, world)
     files.write("recipe.lock.toml", LOCK_HEADER + recipe.to_toml_with(files.keep_local(recipe.local_parts())))
     files.write("facts.json", attending.course.facts.model_dump_json(indent=1, exclude_none=True) + "\n")
-    view_grid.write(parts.data, parts.run, parts.views, recipe.name, files.path / "views.png")
-    files.write("env.json", json.dumps(
-        environment(sys.argv, recipe.provenance(), device_name(device), parts.data.fingerprint), indent=1
-    ) + "\n")  # fmt: skip
+    if world.is_first:
+        view_grid.write(parts.data, parts.run, parts.views, recipe.name, files.path / "views.png")
+    about = environment(sys.argv, recipe.provenance(), device_name(device), world.size, parts.data.fingerprint)
+    files.write("env.json", json.dumps(about, indent=1) + "\n")
     files.write("bad_samples.jsonl", "".join(json.dumps(dict(bad)) + "\n" for bad in parts.data.bad))
     files.open_metrics(int(found.facts["metrics_offset"]) if found else 0)
 
     display = Display(console, parts.run.total_steps, parts.run.steps_per_epoch)
-    parts.observers["progress"] = display
-    parts.observers["doctor"] = attending
-    trainer = Trainer(parts, files, display.say, lambda: signals.asked() or attending.lost)
+    # The first process observes, for all of them.
+    parts.observers = {**parts.observers, "progress": display, "doctor": attending} if world.is_first else {}
+    trainer = Trainer(parts, files, display.say, lambda: signals.word() or int(attending.lost), world)
     files.lasting["resumed_at"] = files.read_status().get("resumed_at", [])
     if found:
         files.lasting["resumed_at"] = [*files.lasting["resumed_at"], found.step]
@@ -169,12 +181,11 @@ def _fit(
         # Only from here on: before, there is nothing to save, and Ctrl-C may end things at once.
         with signals, display:
             display.advance(trainer.step)
-            trainer.fit(stop, lambda: display.advance(trainer.step))
+            asked = trainer.fit(stop, lambda: display.advance(trainer.step))
         status = "done" if trainer.step == trainer.info.total_steps else "stopped"
-        if signals.asked() and trainer.step < stop:
-            status = "interrupted" if signals.received in (None, signal.SIGINT) else "preempted"
-        elif attending.lost and trainer.step < stop:
-            status = "lost"
+        if asked and trainer.step < stop:
+            status = "preempted" if asked not in (1, signal.SIGINT) else "lost" if attending.lost else "interrupted"
+        status = trainer.world.first(lambda: status)
     except KeyboardInterrupt:
         status = "interrupted"  # a second Ctrl-C: the newest checkpoint is the earlier one
         raise
@@ -187,6 +198,8 @@ def _fit(
         _end(trainer, status)
         if trainer.recipe.train.compile:
             torch.compiler.reset()  # or the ninth run of a process would meet torch's limit of recompilations
+    if not trainer.world.is_first:
+        return status
     if status == "done":
         summarise(files.path, console)
     elif status == "lost":
@@ -206,10 +219,11 @@ def _fit(
 
 
 @contextmanager
-def _reported(files: RunDirectory, recipe: Recipe) -> Iterator[None]:
+def _reported(files: RunDirectory, recipe: Recipe, world: World) -> Iterator[None]:
     """Turn whatever goes wrong inside into lines; a traceback that may be wanted goes to a file."""
     try:
-        yield
+        with distributed.listening(world):
+            yield
     except torch.OutOfMemoryError as error:
         raise RunFailed(_memory_advice(recipe, error)) from error
     except SslkitError as error:
@@ -233,118 +247,6 @@ def _end(trainer: Trainer, status: str) -> None:
     except RunFailed:
         if status != "failed":
             raise
-
-
-# ---------------------------------------------------------------- the directory
-
-
-def _choose_directory(name: str, chosen: str | None, resume: str) -> Path:
-    path = Path(chosen) if chosen else Path("runs") / name
-    if resume == "auto" or not (path / "recipe.lock.toml").exists():
-        return path
-    if chosen:
-        given, beside = spoken().resume_never, spoken().run_dir
-        raise UserError(f"{path}: holds a run already, and {given} was given; choose another {beside}")
-    number = 2
-    while Path("runs", f"{name}-{number}").exists():
-        number += 1
-    return Path("runs", f"{name}-{number}")
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[RunDirectory]:
-    """The directory, held while the block runs; if nothing came of it, no trace is left."""
-    files = RunDirectory(path)
-    try:
-        yield files
-    finally:
-        files.close()
-        if not files.has_run:
-            (path / ".lock").unlink(missing_ok=True)
-            if not any(path.iterdir()):
-                path.rmdir()
-
-
-def _earlier_recipe(files: RunDirectory, leave: bool) -> Recipe | None:
-    """The recipe of the run that is there. Leave for the new one's code is also leave for the copies of that run, and
-    for no other file: the directory may be a stranger's."""
-    if not files.has_run:
-        return None
-    text = files.lock_file.read_text(encoding="utf-8")
-    # A run that ended before its first checkpoint has nothing to lose: the directory is free.
-    begun = files.checkpoints.is_dir() and any(files.checkpoints.iterdir())
-    try:
-        with local.allowed(leave and files.path.resolve() / local.FOLDER):
-            return parse_recipe(text, str(files.lock_file)) if begun else None
-    except UserError as error:
-        raise UserError(
-            f"{files.path}: holds a run whose recipe cannot be read here; choose another {spoken().run_dir}, or put "
-            "back the packages that it was trained with",
-            *(f"  {line}" for line in error.lines),
-        ) from None
-
-
-def _compare(recipe: Recipe, earlier: Recipe, path: Path, arguments: Sequence[str]) -> Recipe:
-    """The recipe to go on with: what `auto` chose at the start stands."""
-    if recipe.train.compile == "auto":
-        recipe = recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": earlier.train.compile})})
-    if changed := differences(earlier, recipe):
-        beside = f"--run-dir {shlex.quote(f'{path}-2')}"
-        way = f"choose another {spoken().run_dir} or name"
-        if arguments:
-            way = f"to train the changed one: sslkit train {shlex.join(arguments)} {beside}"
-        raise UserError(
-            f"{path}: holds a run of another recipe; {way}",
-            *(f"  {change}" for change in changed),
-        )
-    return recipe
-
-
-def _finished(files: RunDirectory) -> bool:
-    return files.read_status().get("status") == "done"
-
-
-def _newest_checkpoint(files: RunDirectory, parts: Parts, console: Console) -> checkpoint.Checkpoint | None:
-    checkpoint.clean(files.checkpoints)
-    found, problems = checkpoint.newest(files.checkpoints)
-    if found is None and (problems or any(files.checkpoints.glob("damaged-*"))):
-        raise UserError(
-            *problems,
-            f"{files.path}: no checkpoint can be read; put a sound one back, or begin anew with another "
-            f"{spoken().run_dir}",
-        )
-    for problem in problems:
-        say(console, problem)
-    if found and found.facts["data_fingerprint"] != parts.data.fingerprint:
-        raise UserError(
-            f"{files.path}: the data changed since this run began (fingerprint {found.facts['data_fingerprint']}, now "
-            f"{parts.data.fingerprint}); put the old data back, or start anew with another {spoken().run_dir}"
-        )
-    if found and parts.recipe.local_parts() and found.facts["recipe_hash"] != parts.recipe.hash():
-        raise UserError(
-            f"{files.path}: the code in {files.path / local.FOLDER} is not what the run was begun with; put the old "
-            f"one back, or start anew with another {spoken().run_dir}"
-        )
-    for line in _other_code(found, parts.recipe) if found else ():
-        say(console, f"warning: {line}")
-    return found
-
-
-def _other_code(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
-    """A line for each package that is not what it was when the checkpoint was written."""
-    before = {was["component"]: was for was in found.facts.get("plugins", [])}
-    changed: dict[str, list[str]] = {}
-    for now in recipe.provenance():
-        was = before.get(now["component"], now)
-        package = now["distribution"]
-        if was["version"] != now["version"]:
-            line = f"{package} was {was['version']} up to step {found.step} and is {now['version']} now"
-        elif was.get("source", now.get("source")) != now.get("source"):
-            line = f"the code of {package} {now['version']} is not what it was up to step {found.step}"
-        else:
-            continue
-        changed.setdefault(line, []).append(now["component"])
-    return [f"{line} ({', '.join(parts)}): what follows need not compare" for line, parts in changed.items()]
 
 
 # ---------------------------------------------------------------- errors

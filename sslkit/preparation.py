@@ -22,7 +22,12 @@ from sslkit.words import spoken
 
 
 def prepare(
-    recipe: Recipe, source: str | None, overrides: Sequence[str], device: torch.device, tell: Callable[[str], None]
+    recipe: Recipe,
+    source: str | None,
+    overrides: Sequence[str],
+    device: torch.device,
+    tell: Callable[[str], None],
+    processes: int = 1,
 ) -> tuple[Parts, Facts]:
     """Build the parts of a recipe, which was read from `source` if that is not None, and try them out.
 
@@ -31,7 +36,7 @@ def prepare(
     """
     doctor.check_accepted(recipe.train.accept)
     with placed(source, overrides):
-        parts = build(recipe, device, tell)
+        parts = build(recipe, device, tell, processes)
     return parts, gather(parts)
 
 

@@ -53,12 +53,12 @@ DEFAULT_OBSERVERS = ("health", "knn", "probe", "tensorboard", "report")
 RecipeName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
 
 
-_BATCH_NORM = r"^(local|split:([2-9]|[1-9]\d+))$"
+_BATCH_NORM = r"^(local|sync|split:([2-9]|[1-9]\d+))$"
 
 
 def _batch_norm(text: str) -> str:
     if not re.fullmatch(_BATCH_NORM, text):
-        raise PydanticCustomError("batch_norm", "should be 'local' or 'split:N' with N of 2 or more")
+        raise PydanticCustomError("batch_norm", "should be 'local', 'sync' or 'split:N' with N of 2 or more")
     return text
 
 
@@ -112,9 +112,10 @@ class Train(BaseModel):
     """`separate` forwards one view at a time, with BatchNorm statistics of one view as in the authors' code;
     `together` forwards all views of one size at once: faster for small batches, other statistics."""
     batch_norm: Annotated[str, AfterValidator(_batch_norm), Field(json_schema_extra={"pattern": _BATCH_NORM})] = "local"
-    """`local`: BatchNorm takes its statistics from all images that are forwarded at once. `split:N`: from N equal
-    groups of them apart, as if each lay on a device of its own, and the target sees the images in another order:
-    MoCo's shuffled BatchNorm (He et al. 2020, section 3.3)."""
+    """`local`: BatchNorm takes its statistics from all images that are forwarded at once in a process. `sync`: from
+    those of all processes (torch's SyncBatchNorm, on GPUs). `split:N`: from N equal groups of the batch apart, as if
+    each lay on a device of its own, and the target sees the images in another order: MoCo's shuffled BatchNorm (He et
+    al. 2020, section 3.3)."""
     compile: Literal["auto"] | bool = "auto"
     """`torch.compile` the views and the networks. `auto` does on a GPU where the run is long enough to win the
     time back; the lock file records what it chose."""
@@ -152,7 +153,7 @@ class Train(BaseModel):
     @property
     def batch_norm_groups(self) -> int:
         """Groups that BatchNorm takes its statistics from; 1 for all images at once."""
-        return 1 if self.batch_norm == "local" else int(self.batch_norm.partition(":")[2])
+        return int(self.batch_norm.partition(":")[2] or 1)
 
 
 class Recipe(BaseModel):

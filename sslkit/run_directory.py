@@ -154,6 +154,30 @@ class RunDirectory:
             self._lock.release()
 
 
+class OtherProcess(RunDirectory):
+    """The directory as every process but the first has it: one to read, in which nothing is written or held."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.lasting = {}
+
+    def write(self, name: str, text: str | bytes) -> None:
+        """Nothing: the first process writes."""
+
+    def keep_local(self, classes: Iterable[type]) -> dict[str, str]:
+        """Nothing is kept."""
+        return {}
+
+    def open_metrics(self, offset: int) -> None:
+        """Nothing is opened."""
+
+    def record(self, values: Mapping[str, Any]) -> None:
+        """Nothing is recorded."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The table that a JSON file holds; empty where there is none."""
     try:
@@ -175,7 +199,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 
 
 def environment(
-    command: Sequence[str], provenance: list[dict[str, str]], device: str, fingerprint: str
+    command: Sequence[str], provenance: list[dict[str, str]], device: str, processes: int, fingerprint: str
 ) -> dict[str, Any]:
     """What `env.json` holds: versions, machine, plugins, data, the commit of the working directory."""
     packages = ("sslkit", "torch", "torchvision", "timm", "numpy", "pydantic", "safetensors")
@@ -186,6 +210,7 @@ def environment(
         "processor": _processor(),
         "cpus": os.cpu_count(),
         "device": device,
+        "processes": processes,
         "packages": {name: found for name in packages if (found := _version(name))},
         "plugins": provenance,
         "data_fingerprint": fingerprint,

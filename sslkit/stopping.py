@@ -37,6 +37,10 @@ class StopSignals:
         self.received = number
         signal.signal(number, self._before[number])
 
+    def word(self) -> int:
+        """Why the run is to end: the signal that came, 1 if it was asked in the other way, 0 if it is to go on."""
+        return self.received or int(self.also())
+
     def asked(self) -> bool:
         """True once a signal came, or once it was asked in the other way."""
         return self.received is not None or self.also()

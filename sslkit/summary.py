@@ -28,6 +28,7 @@ def announce(trainer: Trainer, console: Console) -> None:
         console,
         f"{recipe.name} ({recipe.hash()}) on {where}: {run.train_images} images{_labels(trainer)}, "
         f"{recipe.train.epochs} epochs of {run.steps_per_epoch} steps"
+        + (f", each shared by {run.world_size} processes" if run.world_size > 1 else "")
         + (f" (each leaves out {left_out} images, an incomplete batch)" if left_out else ""),
     )
     if recipe.train.compile:

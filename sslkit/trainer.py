@@ -13,13 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslkit import checkpoint, evaluate, randomness, registry
-from sslkit.batch import Branches, LossTerms, joined
+from sslkit import checkpoint, distributed, evaluate, randomness, state
+from sslkit.batch import Branches, LossTerms, joined, mean_of
+from sslkit.batch_norm import running_statistics
 from sslkit.build import Parts
 from sslkit.data import Draw, Feed
+from sslkit.distributed import World
 from sslkit.errors import RunFailed, SslkitError
 from sslkit.events import Bus
 from sslkit.nn import ScheduledNumber
+from sslkit.objective import Objective
 from sslkit.panel import joined_norms
 from sslkit.run_directory import RunDirectory
 
@@ -35,15 +38,18 @@ class Trainer:
         parts: Parts,
         directory: RunDirectory,
         say: Callable[[str], None] = print,
-        asked_to_stop: Callable[[], bool] = lambda: False,
+        asked_to_stop: Callable[[], int] = lambda: 0,
+        world: World | None = None,
     ) -> None:
+        self.world = world or World()
         self.parts, self.recipe, self.info, self.device = parts, parts.recipe, parts.run, parts.device
         self.model, self.loss, self.optimizer = parts.model, parts.loss, parts.optimizer
         self.data, self.views = parts.data, parts.views
         self.files, self.directory = directory, directory.path
         self.say, self._asked_to_stop = say, asked_to_stop
         self.bus = Bus(parts.observers)
-        self.feed = Feed(parts.data.train, parts.views, parts.run, self.device)
+        self.feed = Feed(parts.data.train, parts.views, parts.run, self.device, self.world.share)
+        self.objective = self.world.wrap(Objective(self.model, self.loss, self.recipe, self.world))
         self.step = 0
         self.knn: tuple[int, float] | None = None
         """Step and value of the newest kNN accuracy."""
@@ -68,6 +74,10 @@ class Trainer:
         """The part that each parameter with a gradient belongs to, and the norm of its gradient before clipping."""
         self.target_updates = torch.zeros((), dtype=torch.int64, device=self.device)
         """How often the target was moved so far; on the device, for only that knows whether a step was finite."""
+        self.kept_equal = running_statistics(self.model) if self.world.size > 1 else []
+        self._amid_step = False
+        self._digest = 0.0
+        """Of the state that was saved last, for the other processes to compare with theirs."""
         self._features: evaluate.FeatureCache | None = None
         self._clock = (time.perf_counter(), 0, 0.0)
         if self.recipe.train.compile:
@@ -85,39 +95,33 @@ class Trainer:
 
     def train_step(self, draw: Draw) -> Branches:
         """One optimizer update. Nothing here waits for the device."""
+        self._amid_step = True
         self._begin()
-        seen: list[Branches] = []
+        micros = self.recipe.train.accumulate
+        kept: list[tuple[Branches, Branches]] = []
         terms: list[LossTerms] = []
         looked_at: list[Tensor] = []
-        for micro in draw.micro(self.recipe.train.accumulate):
+        for number, micro in enumerate(draw.micro(micros)):
             views = self.make_views(micro.batch.images, micro.parameters)
-            with self._precision():
-                branches = self.model(views)  # backbone, projector, predictor; target without gradient
-            branches.indices, branches.labels = micro.batch.indices, micro.batch.labels
-            terms.append(self._checked(self.loss(branches)))
-            (terms[-1].total / self.recipe.train.accumulate).backward()
-            seen.append(branches.detached())
+            with self.world.kept_apart(self.objective, number < micros - 1):
+                branches, seen, found = self.objective(views, micro.batch, self.step, number)
+                (found.total / micros).backward()
+            terms.append(found)
+            kept.append((branches.detached(), seen.detached()))
             looked_at = looked_at or views
-        branches, self.terms = joined(seen), _mean(terms)
+        branches, self.terms = joined([own for own, _ in kept]), mean_of(terms)
+        self.world.average([self.terms.total, *self.terms.terms.values(), *self.kept_equal])
 
         finite = self._measure_gradient()
         self._optimize(finite)
         self._update_target(finite)
-        self._commit(branches, finite)
+        self._commit(kept, finite)
         self._call("after_step")
         self.step += 1
+        self._amid_step = False
         branches.views = looked_at
         self.bus.emit("step_ended", run=self, branches=branches)
         return branches
-
-    def _checked(self, terms: object) -> LossTerms:
-        if isinstance(terms, LossTerms):
-            return terms
-        loss = type(self.recipe.loss)
-        raise RunFailed(
-            f"loss {registry.short_name(loss)!r} from {registry.provider_of(loss).origin} should return "
-            f"sslkit.api.LossTerms, not {type(terms).__name__}: LossTerms(total, {{name: value}})"
-        )
 
     def make_views(self, images: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
         """uint8 `[B, C, H, W]` -> V views, float `[B, C, h, w]`."""
@@ -128,7 +132,8 @@ class Trainer:
 
     def _begin(self) -> None:
         # Dropout and stray draws are keyed too, so that a resumed step repeats them.
-        torch.manual_seed(randomness.key(self.info.seed, "step", self.step))
+        rank = self.world.rank
+        torch.manual_seed(randomness.key(self.info.seed, f"step/{rank}" if rank else "step", self.step))
         for group, values in zip(self.optimizer.param_groups, self.parts.values, strict=True):
             group["lr"], group["weight_decay"] = values.lr(self.step), values.weight_decay(self.step)
         self.optimizer.zero_grad(set_to_none=True)
@@ -177,11 +182,14 @@ class Trainer:
             self.parts.target.update(self.model.online, self.model.target, tau)
         self.target_updates += finite
 
-    def _commit(self, branches: Branches, finite: Tensor) -> None:
-        """Let the loss move its queues and centres, if it has any."""
+    def _commit(self, kept: list[tuple[Branches, Branches]], finite: Tensor) -> None:
+        """Let the loss move its queues and centres, if it has any, by the batch of all processes."""
         if not hasattr(self.loss, "commit"):
             return
+        branches = joined([seen for _, seen in kept])
         with torch.no_grad():
+            if self.parts.loss_module.additive:
+                branches = self.world.whole(branches)
             if not self.masks_on_device:
                 if bool(finite):
                     self.parts.loss_module.commit(branches)
@@ -198,15 +206,22 @@ class Trainer:
 
     # ------------------------------------------------------------ the run
 
-    def fit(self, stop: int, on_step: Callable[[], None] = lambda: None) -> None:
-        """Train up to step `stop`, or until a signal asks to end; the last thing done is a checkpoint.
+    def fit(self, stop: int, on_step: Callable[[], None] = lambda: None) -> int:
+        """Train up to step `stop`, or until some process is asked to end; the last thing done is a checkpoint.
+
+        Returns:
+            What `asked_to_stop` said, in whichever process; 0 if nobody asked.
 
         Raises:
             RunFailed: a loss or gradient was not finite, an observer failed, the disk is full.
         """
         try:
-            self._go_on(stop, on_step)
-        except SslkitError:
+            with distributed.listening(self.world):
+                return self._go_on(stop, on_step)
+        except SslkitError as error:
+            if not self._amid_step and not isinstance(error, distributed.EndedElsewhere | distributed.PeerLost):
+                with contextlib.suppress(distributed.PeerLost):
+                    self.world.words(distributed.FAILED)  # the others listen before each step
             if self.step and self.bus.failed_in:  # an observer, between two steps: what was learnt is sound
                 with contextlib.suppress(Exception):  # its state_dict may be broken, too
                     self.save()
@@ -214,12 +229,19 @@ class Trainer:
                     self.say(f"{path} is kept; once this is mended, the same command goes on from there")
             raise
 
-    def _go_on(self, stop: int, on_step: Callable[[], None]) -> None:
+    def _listen(self) -> int:
+        """Say whether this process is asked to stop, and hear whether another one is."""
+        word = self.world.words(self._asked_to_stop(), self._digest)
+        if word >= distributed.FAILED:
+            raise distributed.EndedElsewhere
+        return word
+
+    def _go_on(self, stop: int, on_step: Callable[[], None]) -> int:
         train, info = self.recipe.train, self.info
         self._measure("run_started")
         self._clock = (time.perf_counter(), self.step, self.feed.waited)
         with contextlib.closing(self.feed.steps(self.step, stop)) as draws:
-            while not self._asked_to_stop() and (draw := next(draws, None)) is not None:
+            while not (asked := self._listen()) and (draw := next(draws, None)) is not None:
                 self.train_step(draw)
                 on_step()
                 if self.will_record(self.step):
@@ -229,6 +251,8 @@ class Trainer:
                     self.save()
         if self.step:
             self.save()
+        self._listen()  # the first process may have failed to write
+        return asked
 
     def _end_epoch(self) -> bool:
         """Let the observers measure; a signal waits for them. True if kNN is the best so far."""
@@ -286,14 +310,11 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that affects the next loss."""
         self.check_finite()
+        if self.world.size > 1:
+            self._digest = state.digest(self.parts)
+        if not self.world.is_first:
+            return
         self.files.sync_metrics()
-        parts = {
-            "model": self.model.state_dict(),
-            "loss": self.loss.state_dict(),
-            "target_updater": self.parts.updater.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "observers": self.bus.state_dict(),
-        }
         facts = {
             "recipe_hash": self.recipe.hash(),
             "data_fingerprint": self.data.fingerprint,
@@ -307,7 +328,7 @@ class Trainer:
             "run": asdict(self.info),
             "evaluated": self.parts.target.evaluated,
         }
-        path = checkpoint.save(self.files.checkpoints, self.step, parts, facts)
+        path = checkpoint.save(self.files.checkpoints, self.step, state.taken(self.parts, self.bus), facts)
         self.files.status("running", step=self.step, of=self.info.total_steps)
         checkpoint.prune(self.files.checkpoints, self.recipe.train.keep_checkpoints)
         self.bus.emit("checkpoint_saved", run=self, path=path)
@@ -318,27 +339,10 @@ class Trainer:
         Raises:
             RunFailed: it does not fit the recipe's parts.
         """
-        try:
-            self.model.load_state_dict(found.parts["model"])
-            self.loss.load_state_dict(found.parts["loss"])
-            self.parts.updater.load_state_dict(found.parts["target_updater"])
-            self.optimizer.load_state_dict(self._in_layout(found.parts["optimizer"]))
-            self.bus.load_state_dict(found.parts["observers"])
-        except Exception as error:  # whatever a stranger's load_state_dict raises
-            first = str(error).partition("\n")[0]
-            raise RunFailed(f"{found.path}: does not fit this recipe: {type(error).__name__}: {first}") from error
+        state.put_back(self.parts, self.bus, found)
         self.step = found.step
         self.best_knn = found.facts.get("best_knn")
         self.target_updates.fill_(found.facts.get("target_updates", found.step))
-
-    def _in_layout(self, state: dict[str, Any]) -> dict[str, Any]:
-        """Optimizer state in the memory layout of its parameters, which files do not keep: sums then round alike."""
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        for number, values in state["state"].items():
-            for name, value in values.items():
-                if isinstance(value, Tensor):
-                    values[name] = checkpoint.like(parameters[number], value)
-        return state
 
     # ------------------------------------------------------------ what observers see
 
@@ -391,10 +395,3 @@ class Trainer:
         if line.get("knn_top1") is not None:
             self.knn = (self.step, line["knn_top1"])
         self.bus.emit("recorded", run=self, record=line)
-
-
-def _mean(terms: list[LossTerms]) -> LossTerms:
-    """The mean over micro-batches, outside the graph."""
-    total = torch.stack([t.total.detach() for t in terms]).mean()
-    names = terms[0].terms
-    return LossTerms(total, {name: torch.stack([t.terms[name].detach() for t in terms]).mean() for name in names})

@@ -103,7 +103,7 @@ def test_recipes_are_listed_and_copied_but_never_over_a_file(tmp_path: Path) -> 
         (('use = "ema"\ntau = { use = "cosine", start = 0.9, end = 1.0 }', 'use = "none"'), "needs a target branch"),
         (("batch_size = 128", "batch_size = 128\naccumulate = 3"), "does not divide"),
         (("batch_size = 128", 'batch_size = 128\nbatch_norm = "split:3"'), "cannot be split into 3 equal groups"),
-        (("batch_size = 128", 'batch_size = 128\nbatch_norm = "split"'), "should be 'local' or 'split:N' with N of 2"),
+        (("batch_size = 128", 'batch_size = 128\nbatch_norm = "split"'), "'local', 'sync' or 'split:N' with N of 2"),
     ],
 )  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(tiny: Path, change: tuple[str, str], says: str) -> None:

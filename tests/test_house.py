@@ -18,7 +18,7 @@ from sslkit.api import KIND_CLASSES, Component
 from sslkit.recipe import Recipe, Train
 
 FLOORS: list[set[str]] = [
-    {"errors", "files", "randomness", "positions", "batch", "rules", "stopping", "words"},
+    {"errors", "files", "randomness", "positions", "batch", "rules", "stopping", "words", "launcher"},
     {"installed", "local", "registry", "contracts"},
     {"api"},
     {"complaints", "sources", "nn", "batch_norm", "page", "charts", "view_words"},
@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
         "run_directory",
         "events",
         "doctor",
+        "distributed",
         "describe",
         "attending",
         "snapshot",
@@ -41,9 +42,12 @@ FLOORS: list[set[str]] = [
         "schema",
         "scaffold",
     },
+    {"bf16"},
     {"build", "progress", "diff"},
+    {"objective", "state"},
     {"trainer", "facts", "loss_facts", "view_grid"},
     {"summary", "preparation"},
+    {"resuming"},
     {"launch", "compare", "foreign", "testing"},
     {"report"},
     {"plan", "checkup", "scripting"},

@@ -65,7 +65,7 @@ def test_status_is_readable_at_any_moment(tmp_path: Path) -> None:
 
 
 def test_the_environment_is_plain_data() -> None:
-    found = environment(["sslkit", "train"], [{"component": "loss.x"}], "cpu", "abc")
+    found = environment(["sslkit", "train"], [{"component": "loss.x"}], "cpu", 2, "abc")
     assert json.loads(json.dumps(found)) == found
     assert found["packages"]["torch"]
     assert found["data_fingerprint"] == "abc"

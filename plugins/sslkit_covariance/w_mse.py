@@ -30,7 +30,7 @@ class WMSELoss(PairLoss):
                 f"loss.sub_batch: is {self.sub_batch}, and so few images cannot whiten the projector's {dim} "
                 f"dimensions; use more than {dim}, best {2 * dim} or more, or a smaller projector.out_dim"
             )
-        self._check_batch(run.batch_size // run.world_size)
+        self._check_batch(run.batch_size)
 
     def _check_batch(self, images: int) -> None:
         if images % self.sub_batch:

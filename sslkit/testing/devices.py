@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
-import pickle
 import subprocess
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -20,13 +16,12 @@ from sslkit.testing.core import check
 from sslkit.testing.engine import folder
 from sslkit.testing.networks import batch
 from sslkit.testing.outcome import Nonconforming, NotApplicable, described, require
+from sslkit.testing.processes import WAIT, state_of, train_together
 from sslkit.testing.targets import online_network
 from sslkit.testing.views import drawn, made
 
 IN_A_STEP = ("backbone", "head", "loss", "view_generator", "target_updater", "optimizer")
 GPU = "cuda:0"
-WAIT = 120
-"""Seconds after which two processes are taken to hang."""
 
 
 def _trial(bench: Bench) -> tuple[Any, tuple[Any, ...]]:
@@ -208,28 +203,14 @@ def two_processes(bench: Bench) -> None:
     """DistributedDataParallel over gloo, on two steps of the small recipe with half of each batch in each process."""
     if local.source_of(bench.cls):
         raise NotApplicable("a class of a local file cannot be found by another process")
-    payload = pickle.dumps((sys.path, bench.component, bench.run))
     with folder() as path:
-        (path / "component").write_bytes(payload)
-        command = [sys.executable, "-m", "sslkit.testing.two_processes", str(path)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-        if sys.platform == "linux":
-            environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the two are on this machine
-        started = [
-            subprocess.Popen([*command, str(rank)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
-            for rank in range(2)
-        ]
         try:
-            ended = [(process.communicate(timeout=WAIT)[1].decode(), process.returncode) for process in started]
+            ended = train_together([bench.component], bench.run, 2, path)
         except subprocess.TimeoutExpired:
             raise Nonconforming(
                 f"two processes did not finish two steps in {WAIT} s: one waits for the other. Every process has to "
                 "make the same collective calls, and every trained parameter needs a gradient in every process"
             ) from None
-        finally:
-            for process in started:
-                process.kill()
-                process.wait()
         for rank, (said, code) in enumerate(ended):
             lines = [line for line in said.splitlines() if line.strip()]
             require(code != 3, "the small recipe: " + (lines[-1] if lines else ""))
@@ -238,10 +219,10 @@ def two_processes(bench: Bench) -> None:
                 f"process {rank} of two failed: {lines[-1] if lines else f'exit code {code}'}. Every trained parameter "
                 "needs a gradient in every step, and modules must not change their parameters while they train",
             )
-        sums = [json.loads((path / f"sums-{rank}.json").read_text()) for rank in range(2)]
-    differs = [name for name in sums[0] if sums[0][name] != sums[1][name]]
+        states = [state_of(path, 0, rank) for rank in range(2)]
+    differs = [name for name in states[0] if not torch.equal(states[0][name], states[1][name])]
     require(
         not differs,
-        f"after two steps the processes have different weights ({differs[:1]}); nothing that moves parameters may "
+        f"after two steps the processes have different weights or state ({differs[:1]}); nothing that moves them may "
         "depend on the process: its id, its rank, the time, unseeded randomness",
     )

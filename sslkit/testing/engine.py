@@ -17,6 +17,7 @@ from sslkit import randomness, registry
 from sslkit.api import Component, DataInfo, DataSource, ImageSet
 from sslkit.batch import ViewSpec
 from sslkit.build import Parts, build
+from sslkit.distributed import World
 from sslkit.errors import UserError
 from sslkit.recipe import Recipe, Train
 from sslkit.run_directory import RunDirectory
@@ -74,15 +75,23 @@ def offered(kind: str, name: str, **options: Any) -> Any:
     return registry.load(kind, name)(**options)
 
 
-def small_recipe(bench: Bench, **train: Any) -> Recipe:
-    """BYOL on a tiny network, or what comes nearest with the component on the bench in its place."""
+def small_recipe(bench: Bench, *, alike: bool = False, **train: Any) -> Recipe:
+    """BYOL on a tiny network, or what comes nearest with the component on the bench in its place.
+
+    Args:
+        bench: with the component.
+        alike: with networks that treat each image alone.
+        train: options of `[train]`.
+    """
     own, run = bench.component, bench.run
     assert bench.name
     parts: dict[str, Any] = {
         "view_generator": _views(view_sets(run.image_size)[0]),
-        "backbone": offered("backbone", "convnet", widths=(8, 8), strides=(2, 2), pool=1),
-        "projector": offered("head", "mlp", hidden_dim=16, out_dim=DIM),
-        "predictor": offered("head", "mlp", hidden_dim=16, out_dim=DIM),
+        "backbone": offered(
+            "backbone", "convnet", widths=(8, 8), strides=(2, 2), pool=1, norm="group" if alike else "batch"
+        ),
+        "projector": _head(alike),
+        "predictor": _head(alike),
         "loss": offered("loss", "cosine"),
         "target_updater": offered("target_updater", "ema", tau=0.9),
         "optimizer": offered("optimizer", "sgd", lr=0.05),
@@ -97,7 +106,7 @@ def small_recipe(bench: Bench, **train: Any) -> Recipe:
     else:
         parts[own.kind] = own
     if own.kind == "loss":
-        parts |= _around_loss(bench)
+        parts |= _around_loss(bench, alike)
     elif own.kind == "target_updater" and getattr(bench.module(), "source", None) == "none":
         parts |= {"loss": offered("loss", "nt_xent"), "predictor": None}
     return _Small(
@@ -117,18 +126,23 @@ def _views(specs: tuple[ViewSpec, ...]) -> Component:
     return made
 
 
-def _around_loss(bench: Bench) -> dict[str, Any]:
+def _head(alike: bool) -> Component:
+    made: Component = offered("head", "mlp", hidden_dim=16, out_dim=DIM, hidden_norm="layer" if alike else "batch")
+    return made
+
+
+def _around_loss(bench: Bench, alike: bool) -> dict[str, Any]:
     needs = bench.needs(bench.module())
     return {
         "view_generator": _views(bench.loss_run.views),
-        "predictor": offered("head", "mlp", hidden_dim=16, out_dim=DIM) if needs.predictions else None,
+        "predictor": _head(alike) if needs.predictions else None,
         "target_updater": offered("target_updater", "ema", tau=0.9)
         if needs.targets
         else offered("target_updater", "none"),
     }
 
 
-def small_parts(bench: Bench, recipe: Recipe | None = None) -> Parts:
+def small_parts(bench: Bench, recipe: Recipe | None = None, processes: int = 1) -> Parts:
     """The live objects of the small recipe.
 
     Raises:
@@ -136,15 +150,18 @@ def small_parts(bench: Bench, recipe: Recipe | None = None) -> Parts:
     """
     with randomness.seeded(0, "small"):
         try:
-            return build(recipe or small_recipe(bench), CPU, lambda text: None)
+            return build(recipe or small_recipe(bench), CPU, lambda text: None, processes)
         except UserError as error:
             raise NotApplicable(f"does not go with the small recipe that is trained: {error}") from None
 
 
 @contextmanager
-def trainer(bench: Bench, folder: Path, *, observed: bool = True, **train: Any) -> Iterator[Trainer]:
-    """The engine at step 0 of the small recipe, or of the same without its observers."""
-    recipe = small_recipe(bench, **train)
+def trainer(
+    bench: Bench, folder: Path, *, observed: bool = True, world: World | None = None, alike: bool = False, **train: Any
+) -> Iterator[Trainer]:
+    """The engine at step 0 of the small recipe, or of the same without its observers; in float64 if `alike`."""
+    recipe = small_recipe(bench, alike=alike, **train)
+    world = world or World()
     if not observed:
         recipe = recipe.model_copy(update={"observers": ()})
     # What a run's directory holds before the first step; observers read it.
@@ -153,7 +170,15 @@ def trainer(bench: Bench, folder: Path, *, observed: bool = True, **train: Any) 
         files.write("recipe.lock.toml", recipe.to_toml())
         files.open_metrics(0)
         with torch.random.fork_rng(devices=[]):
-            yield Trainer(small_parts(bench, recipe), files, say=lambda text: None)
+            parts = small_parts(bench, recipe, world.size)
+            if alike:
+                parts.model.double()
+                parts.loss.double()
+            made = Trainer(parts, files, say=lambda text: None, world=world)
+            if alike:
+                views = made.make_views
+                made.make_views = lambda *given: [v.double() for v in views(*given)]  # type: ignore[method-assign]
+            yield made
     finally:
         files.close()
 

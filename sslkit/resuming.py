@@ -1,0 +1,186 @@
+"""What an earlier call left in a run's directory, and whether this one may go on with it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console
+
+from sslkit import checkpoint, local
+from sslkit.build import Parts
+from sslkit.diff import differences
+from sslkit.distributed import World
+from sslkit.errors import UserError
+from sslkit.progress import say
+from sslkit.recipe import Recipe, parse_recipe
+from sslkit.run_directory import OtherProcess, RunDirectory
+from sslkit.summary import summarise
+from sslkit.words import COMMAND, spoken
+
+
+def choose_directory(name: str, chosen: str | None, resume: str) -> Path:
+    """The directory of a run: the one that was chosen, `runs/NAME`, or with `resume = "never"` a new one beside it.
+
+    Raises:
+        UserError: a new run is wanted in a directory that was chosen and holds one.
+    """
+    path = Path(chosen) if chosen else Path("runs") / name
+    if resume == "auto" or not (path / "recipe.lock.toml").exists():
+        return path
+    if chosen:
+        given, beside = spoken().resume_never, spoken().run_dir
+        raise UserError(f"{path}: holds a run already, and {given} was given; choose another {beside}")
+    number = 2
+    while Path("runs", f"{name}-{number}").exists():
+        number += 1
+    return Path("runs", f"{name}-{number}")
+
+
+@contextmanager
+def opened(path: Path, world: World) -> Iterator[RunDirectory]:
+    """The directory, held while the block runs; if nothing came of it, no trace is left."""
+    files: RunDirectory = world.together(lambda: RunDirectory(path) if world.is_first else OtherProcess(path))
+    try:
+        yield files
+    finally:
+        files.close()
+        if world.is_first and not files.has_run:
+            (path / ".lock").unlink(missing_ok=True)
+            if not any(path.iterdir()):
+                path.rmdir()
+
+
+def going_on(
+    files: RunDirectory, recipe: Recipe, source: str | None, overrides: Sequence[str], console: Console
+) -> Literal["finished", "auto"] | bool:
+    """What an earlier call left here: nothing more to do, or what `train.compile` was resolved to.
+
+    Raises:
+        UserError: it was of another recipe.
+    """
+    earlier = _earlier_recipe(files, leave=local.is_allowed() or bool(recipe.local_parts()))
+    if earlier is None:
+        return recipe.train.compile
+    given = source is not None and spoken() is COMMAND
+    arguments = [str(source), *(f"--set={o}" for o in overrides)] if given else []
+    arguments += ["--allow-local-code"] if given and recipe.local_parts() else []
+    recipe = _compare(recipe, earlier, files.path, arguments)
+    if _finished(files):
+        console.print(f"{files.path}: this run is finished", highlight=False)
+        summarise(files.path, console)
+        return "finished"
+    return recipe.train.compile
+
+
+def _earlier_recipe(files: RunDirectory, leave: bool) -> Recipe | None:
+    """The recipe of the run that is there. Leave for the new one's code is also leave for the copies of that run, and
+    for no other file: the directory may be a stranger's."""
+    if not files.has_run:
+        return None
+    text = files.lock_file.read_text(encoding="utf-8")
+    # A run that ended before its first checkpoint has nothing to lose: the directory is free.
+    begun = files.checkpoints.is_dir() and any(files.checkpoints.iterdir())
+    try:
+        with local.allowed(leave and files.path.resolve() / local.FOLDER):
+            return parse_recipe(text, str(files.lock_file)) if begun else None
+    except UserError as error:
+        raise UserError(
+            f"{files.path}: holds a run whose recipe cannot be read here; choose another {spoken().run_dir}, or put "
+            "back the packages that it was trained with",
+            *(f"  {line}" for line in error.lines),
+        ) from None
+
+
+def _compare(recipe: Recipe, earlier: Recipe, path: Path, arguments: Sequence[str]) -> Recipe:
+    """The recipe to go on with: what `auto` chose at the start stands."""
+    if recipe.train.compile == "auto":
+        recipe = with_compile(recipe, earlier.train.compile)
+    if changed := differences(earlier, recipe):
+        beside = f"--run-dir {shlex.quote(f'{path}-2')}"
+        way = f"choose another {spoken().run_dir} or name"
+        if arguments:
+            way = f"to train the changed one: sslkit train {shlex.join(arguments)} {beside}"
+        raise UserError(
+            f"{path}: holds a run of another recipe; {way}",
+            *(f"  {change}" for change in changed),
+        )
+    return recipe
+
+
+def with_compile(recipe: Recipe, chosen: Literal["auto"] | bool) -> Recipe:
+    """The recipe with what `train.compile` is to be."""
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": chosen})})
+
+
+def _finished(files: RunDirectory) -> bool:
+    return files.read_status().get("status") == "done"
+
+
+def newest_checkpoint(
+    files: RunDirectory, parts: Parts, console: Console, world: World
+) -> checkpoint.Checkpoint | None:
+    """What the first process found, in every process; the others read it, too."""
+    found: checkpoint.Checkpoint | None = None
+
+    def look() -> str | None:
+        nonlocal found
+        found = _newest_here(files, parts, console)
+        return None if found is None else found.path.name
+
+    def read() -> checkpoint.Checkpoint | None:
+        if world.is_first or name is None:
+            return found
+        if not (files.checkpoints / name).is_dir():
+            raise UserError(f"{files.path}: process {world.rank} does not see it; all machines have to share it")
+        return checkpoint.load(files.checkpoints / name)
+
+    name = world.first(look)
+    there: checkpoint.Checkpoint | None = world.together(read)
+    return there
+
+
+def _newest_here(files: RunDirectory, parts: Parts, console: Console) -> checkpoint.Checkpoint | None:
+    checkpoint.clean(files.checkpoints)
+    found, problems = checkpoint.newest(files.checkpoints)
+    if found is None and (problems or any(files.checkpoints.glob("damaged-*"))):
+        raise UserError(
+            *problems,
+            f"{files.path}: no checkpoint can be read; put a sound one back, or begin anew with another "
+            f"{spoken().run_dir}",
+        )
+    for problem in problems:
+        say(console, problem)
+    if found and found.facts["data_fingerprint"] != parts.data.fingerprint:
+        raise UserError(
+            f"{files.path}: the data changed since this run began (fingerprint {found.facts['data_fingerprint']}, now "
+            f"{parts.data.fingerprint}); put the old data back, or start anew with another {spoken().run_dir}"
+        )
+    if found and parts.recipe.local_parts() and found.facts["recipe_hash"] != parts.recipe.hash():
+        raise UserError(
+            f"{files.path}: the code in {files.path / local.FOLDER} is not what the run was begun with; put the old "
+            f"one back, or start anew with another {spoken().run_dir}"
+        )
+    for line in _other_code(found, parts.recipe) if found else ():
+        say(console, f"warning: {line}")
+    return found
+
+
+def _other_code(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
+    """A line for each package that is not what it was when the checkpoint was written."""
+    before = {was["component"]: was for was in found.facts.get("plugins", [])}
+    changed: dict[str, list[str]] = {}
+    for now in recipe.provenance():
+        was = before.get(now["component"], now)
+        package = now["distribution"]
+        if was["version"] != now["version"]:
+            line = f"{package} was {was['version']} up to step {found.step} and is {now['version']} now"
+        elif was.get("source", now.get("source")) != now.get("source"):
+            line = f"the code of {package} {now['version']} is not what it was up to step {found.step}"
+        else:
+            continue
+        changed.setdefault(line, []).append(now["component"])
+    return [f"{line} ({', '.join(parts)}): what follows need not compare" for line, parts in changed.items()]
