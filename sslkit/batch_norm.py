@@ -36,17 +36,36 @@ def split_batch_norm(network: nn.Module, groups: int, where: str) -> None:
             )
 
 
+def synchronise_batch_norm(network: nn.Module, where: str) -> None:
+    """Make every BatchNorm of a network, in place, take its statistics from the images of all processes.
+
+    Raises:
+        UserError: a layer with statistics of the batch that cannot be, named after `where`: a subclass of BatchNorm,
+            which torch's conversion would lose, or a module of another kind that says `batch_statistics = True`.
+    """
+    for name, module in network.named_modules():
+        norm = isinstance(module, nn.modules.batchnorm._BatchNorm)
+        plain = type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+        if (norm and not plain) or getattr(module, "batch_statistics", False):
+            raise UserError(
+                f"train.batch_norm = 'sync': {where} has a {type(module).__name__} ({name}), which cannot be "
+                "synchronised over processes; use train.batch_norm = 'local' or another model"
+            )
+    nn.SyncBatchNorm.convert_sync_batchnorm(network)
+
+
 def running_statistics(network: nn.Module) -> list[Tensor]:
-    """The moving averages of every BatchNorm that takes them of its own process's share.
+    """The moving averages of every layer that takes statistics of its own process's share.
 
     Being averages, their mean over W processes is what one process has with `split:W`.
     """
     return [
         buffer
         for module in network.modules()
-        if isinstance(module, nn.modules.batchnorm._NormBase) and not isinstance(module, nn.SyncBatchNorm)
-        for buffer in (module.running_mean, module.running_var)
-        if buffer is not None
+        if isinstance(module, nn.modules.batchnorm._NormBase) or getattr(module, "batch_statistics", False)
+        if not isinstance(module, nn.SyncBatchNorm)
+        for buffer in module.buffers(recurse=False)
+        if buffer.is_floating_point()
     ]
 
 

@@ -29,6 +29,7 @@ from sslkit.api import (
     value_of,
 )
 from sslkit.batch import Needs
+from sslkit.batch_norm import synchronise_batch_norm
 from sslkit.bf16 import refuse_broken_bf16
 from sslkit.data import cache_folder, channel_statistics
 from sslkit.errors import RunFailed, SslkitError, UserError
@@ -192,7 +193,7 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None], proc
             raise UserError(
                 "train.batch_norm = 'sync': torch's SyncBatchNorm needs GPUs; use 'local', or networks with GroupNorm"
             )
-        model = cast(Siamese, nn.SyncBatchNorm.convert_sync_batchnorm(model))
+        synchronise_batch_norm(model, "the model")
     model.to(device)
     loss.to(device)
     updater.to(device)

@@ -200,6 +200,11 @@ def _gathered(rows: Tensor, size: int) -> Tensor:
 # ---------------------------------------------------------------- joining
 
 
+def restarted() -> bool:
+    """Whether torchrun has started this process in the place of one that died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 def started_by_torchrun() -> bool:
     """Whether torchrun started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
@@ -226,13 +231,15 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, "1800")))
+    theirs = dist.is_initialized()  # a script that set up more than this run
     try:
         with listening(world):
-            dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
+            if not theirs:
+                dist.init_process_group("gloo" if device.type == "cpu" else "cpu:gloo,cuda:nccl", timeout=timeout)
             world = replace(world, control=dist.new_group(backend="gloo", timeout=timeout))
         yield world, device
     finally:
-        if dist.is_initialized():
+        if dist.is_initialized() and not theirs:
             dist.destroy_process_group()
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from sslkit import checkpoint, local
 from sslkit.build import Parts
 from sslkit.diff import differences
-from sslkit.distributed import World
+from sslkit.distributed import World, restarted
 from sslkit.errors import UserError
 from sslkit.progress import say
 from sslkit.recipe import Recipe, parse_recipe
@@ -37,6 +37,8 @@ def choose_directory(name: str, chosen: str | None, resume: str) -> Path:
     number = 2
     while Path("runs", f"{name}-{number}").exists():
         number += 1
+    if restarted():  # in the new run that was begun before
+        return Path("runs", f"{name}-{number - 1}") if number > 2 else path
     return Path("runs", f"{name}-{number}")
 
 

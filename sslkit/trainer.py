@@ -77,7 +77,7 @@ class Trainer:
         self.kept_equal = running_statistics(self.model) if self.world.size > 1 else []
         self._amid_step = False
         self._digest = 0.0
-        """Of the state that was saved last, for the other processes to compare with theirs."""
+        """Of the state at the newest step that every process saves after, to compare."""
         self._features: evaluate.FeatureCache | None = None
         self._clock = (time.perf_counter(), 0, 0.0)
         if self.recipe.train.compile:
@@ -247,6 +247,8 @@ class Trainer:
                 if self.will_record(self.step):
                     self._log()
                 best = self.step % info.steps_per_epoch == 0 and self._end_epoch()
+                if self.world.size > 1 and self.step % train.checkpoint_every == 0:
+                    self._digest = state.digest(self.parts)
                 if self.step != stop and (best or self.step % train.checkpoint_every == 0):
                     self.save()
         if self.step:
@@ -310,8 +312,6 @@ class Trainer:
     def save(self) -> None:
         """Write a checkpoint of everything that affects the next loss."""
         self.check_finite()
-        if self.world.size > 1:
-            self._digest = state.digest(self.parts)
         if not self.world.is_first:
             return
         self.files.sync_metrics()

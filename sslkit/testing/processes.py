@@ -43,6 +43,18 @@ def train_together(
         subprocess.TimeoutExpired: they do not end.
     """
     (folder / "task").write_bytes(pickle.dumps((sys.path, list(components), run, alike)))
+    return run_together([sys.executable, "-m", "sslkit.testing.processes", str(folder)], processes)
+
+
+def run_together(command: Sequence[str], processes: int) -> list[tuple[str, int]]:
+    """Run a command in several processes that `sslkit.distributed.joined` connects.
+
+    Returns:
+        What each said on stderr, and its exit code.
+
+    Raises:
+        subprocess.TimeoutExpired: they do not end.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -54,8 +66,8 @@ def train_together(
         environment.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all are on this machine
     started = [
         subprocess.Popen(
-            [sys.executable, "-m", "sslkit.testing.processes", str(folder)], stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
         for rank in range(processes)
     ]  # fmt: skip

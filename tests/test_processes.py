@@ -1,0 +1,281 @@
+"""Runs of several processes: started by torchrun or `--nproc`, killed, stopped, started again, failing."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from sslkit import checkpoint
+from sslkit.launcher import without_option
+from sslkit.run_directory import read_json, read_metrics
+
+ALIKE = TINY.replace("pool = 1", 'pool = 1\nnorm = "group"').replace(
+    "out_dim = 8", 'out_dim = 8\nhidden_norm = "layer"'
+)
+"""The tiny recipe with networks that treat each image alone: the same however a batch is divided."""
+PLUGIN = '''
+import os
+import signal
+from pathlib import Path
+import torch
+from sslkit.api import Observer
+from sslkit.events import observes
+from sslkit_cosine import Cosine
+
+def mine(step):
+    """Whether this is the process, the step and the first attempt in which something is to happen."""
+    who, when = os.environ["TROUBLE"].split("@")
+    return os.environ["RANK"] == who and step == int(when) and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+
+class Trouble(Cosine):
+    """BYOL's loss, in which one process meets trouble at one step."""
+    def build(self, dim, run):
+        loss = super().build(dim, run)
+        forward = loss.forward
+        def troubled(branches):
+            terms = forward(branches)
+            if mine(loss.step):
+                TROUBLES[os.environ["WHAT"]](terms)
+            return terms
+        loss.forward = troubled
+        loss.before_step = lambda step: setattr(loss, "step", step + 1)
+        return loss
+
+def nan(terms):
+    terms.total = terms.total * float("nan")
+
+def kill(terms):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def hang(terms):
+    import time
+    time.sleep(60)
+
+def stop(terms):
+    os.kill(os.getpid(), signal.SIGTERM)
+
+def error(terms):
+    raise RuntimeError("something of this process alone")
+
+TROUBLES = {"nan": nan, "kill": kill, "hang": hang, "stop": stop, "error": error}
+'''
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "alike.toml"
+    path.write_text(ALIKE, encoding="utf-8")
+    (tmp_path / "trouble.py").write_text(PLUGIN, encoding="utf-8")
+    return path
+
+
+def environment(**more: str) -> dict[str, str]:
+    inner = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    return {**inner, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "SSLKIT_PROCESS_TIMEOUT": "60", **more}
+
+
+def sslkit(*arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "sslkit", *map(str, arguments)], capture_output=True, text=True, timeout=240,
+        env=environment(**more), check=False,
+    )  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    return [record["loss"] for record in read_metrics(run) if "loss" in record]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    found, problems = checkpoint.newest(run / "checkpoints")
+    assert found is not None, problems
+    return dict(found.parts["model"])
+
+
+def same(one: Path, other: Path, *, exactly: bool = True) -> None:
+    mine, theirs = weights(one), weights(other)
+    assert set(mine) == set(theirs)
+    for name, value in mine.items():
+        if exactly:
+            assert torch.equal(value, theirs[name]), name
+        else:
+            torch.testing.assert_close(value, theirs[name], rtol=1e-4, atol=1e-5)
+
+
+def troubled(recipe: Path, run: Path, what: str, who: str = "1@7", **more: str) -> subprocess.CompletedProcess[str]:
+    return sslkit(
+        "train", recipe, "--run-dir", run, "--nproc", 2, "--allow-local-code",
+        "--set", f"loss.use={recipe.parent}/trouble.py:Trouble", WHAT=what, TROUBLE=who, **more,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps in two processes that nothing befalls."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    (folder / "alike.toml").write_text(ALIKE, encoding="utf-8")
+    done = sslkit("train", folder / "alike.toml", "--run-dir", folder / "run", "--nproc", 2)
+    assert done.returncode == 0, done.stderr
+    return folder / "run"
+
+
+@pytest.mark.slow
+def test_two_processes_then_one_then_two_see_the_same_samples(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    alone, mixed = tmp_path / "alone", tmp_path / "mixed"
+    assert sslkit("train", recipe, "--run-dir", alone).returncode == 0
+    for steps, processes in ((7, 2), (13, 1), (20, 2)):
+        done = sslkit("train", recipe, "--run-dir", mixed, "--steps", steps, "--nproc", processes)
+        assert done.returncode == 0, done.stderr
+    assert read_json(mixed / "status.json")["resumed_at"] == [7, 13]
+    for run in (alone, mixed):
+        assert losses(run) == pytest.approx(losses(undisturbed), abs=1e-5)
+        same(run, undisturbed, exactly=False)
+    assert read_json(undisturbed / "env.json")["processes"] == 2
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_started_again_and_the_run_ends_with_the_same_weights(
+    recipe: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    done = troubled(recipe, run, "kill")
+    assert done.returncode == 0, done.stderr
+    assert "going on from step 4" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert losses(run) == losses(undisturbed)
+    same(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_the_update(recipe: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = troubled(recipe, run, "nan")
+    assert done.returncode == 1
+    assert done.stderr.count("not finite at step 7") == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    told = read_json(run / "status.json")
+    assert (told["status"], told["reason"], told["step"]) == ("failed", "not_finite", 7)
+    assert [path.name for path in checkpoint.listed(run / "checkpoints")] == ["step-000000004"]
+
+
+@pytest.mark.slow
+def test_an_error_in_one_process_ends_all_and_is_told_once(recipe: Path, tmp_path: Path) -> None:
+    done = troubled(recipe, tmp_path / "run", "error")
+    assert done.returncode == 1
+    assert done.stderr.count("something of this process alone") == 1, done.stderr
+    assert "torch" not in done.stderr.replace("trouble.py", "")
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_process_stops_all_at_one_step(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    done = troubled(recipe, run, "stop")
+    assert done.returncode == 0, done.stderr
+    assert read_json(run / "status.json")["status"] == "preempted"
+    assert read_json(run / "status.json")["step"] == 7
+    done = troubled(recipe, run, "stop", "1@0")
+    assert done.returncode == 0, done.stderr
+    assert losses(run) == losses(undisturbed)
+    same(run, undisturbed)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_given_up(recipe: Path, tmp_path: Path) -> None:
+    done = troubled(recipe, tmp_path / "run", "hang", SSLKIT_PROCESS_TIMEOUT="5")
+    # The others end when it has not answered for long, and all of them are started again.
+    assert "does not answer" in done.stderr
+    assert done.returncode == 0, done.stderr
+    assert read_json(tmp_path / "run" / "status.json")["status"] == "done"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_command_passes_a_signal_on(recipe: Path, undisturbed: Path, tmp_path: Path, number: int) -> None:
+    run = tmp_path / "run"
+    command = ["train", str(recipe), "--run-dir", str(run), "--nproc", "2"]
+    process = subprocess.Popen([sys.executable, "-m", "sslkit", *command], env=environment(), stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: read_json(run / "status.json").get("step", 0) >= 4)
+        process.send_signal(number)
+        _, said = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    told = read_json(run / "status.json")
+    if told["status"] != "done":  # it may just have been quicker
+        assert told["status"] == ("preempted" if number == signal.SIGTERM else "interrupted")
+        assert process.returncode == (0 if number == signal.SIGTERM else 130), said
+        assert checkpoint.listed(run / "checkpoints")[-1].name == f"step-{told['step']:09d}"
+        assert sslkit(*command).returncode == 0
+    assert losses(run) == losses(undisturbed)
+    same(run, undisturbed)
+
+
+@contextmanager
+def free_port() -> Iterator[int]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        yield free.getsockname()[1]
+
+
+def wait_for(true: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+def test_two_agents_stand_for_two_machines(recipe: Path, undisturbed: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with free_port() as port:
+        endpoint = f"127.0.0.1:{port}"
+    agents = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1",
+             "--rdzv-backend", "c10d", "--rdzv-endpoint", endpoint, "--rdzv-id", "two", "--local-addr", "127.0.0.1",
+             "-m", "sslkit", "train", str(recipe), "--run-dir", str(run)],
+            env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    try:
+        said = [agent.communicate(timeout=200)[0] for agent in agents]
+    finally:
+        for agent in agents:
+            agent.kill()
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert losses(run) == losses(undisturbed)
+    same(run, undisturbed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        (["train.batch_size=129"], "2 processes cannot share it equally, two or more images each; choose 128"),
+        (["train.batch_norm=sync"], "torch's SyncBatchNorm needs GPUs"),
+        (["train.batch_norm=split:2"], "use 'split:4'"),
+    ],
+)
+def test_a_mistake_is_told_once(recipe: Path, tmp_path: Path, options: Sequence[str], line: str) -> None:
+    arguments = [part for option in options for part in ("--set", option)]
+    done = sslkit("train", recipe, "--run-dir", tmp_path / "run", "--nproc", 2, *arguments)
+    assert done.returncode == 2
+    assert done.stderr.count(line) == 1, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_option_is_taken_out_of_the_command_line() -> None:
+    given = ["train", "r.toml", "--nproc", "2", "--steps", "3", "--nproc=4"]
+    assert without_option(given, "--nproc") == ["train", "r.toml", "--steps", "3"]
