@@ -52,6 +52,8 @@ FLOORS: list[set[str]] = [
     {"report"},
     {"plan", "checkup", "scripting"},
     {"__init__"},
+    {"cli_options"},
+    {"cli_plugins"},
     {"cli"},
     {"__main__"},
 ]
