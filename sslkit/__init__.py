@@ -10,12 +10,13 @@ if TYPE_CHECKING:
     from sslkit.errors import RunFailed, SslkitError, UserError
     from sslkit.foreign.watching import watch
     from sslkit.recipe import Recipe, Train
+    from sslkit.replaying import Replay
     from sslkit.result import Metrics, Result
-    from sslkit.scripting import examine, load_recipe, train
+    from sslkit.scripting import examine, load_recipe, replay, train
 
 __all__ = [
-    "Examination", "ImageEncoder", "Metrics", "Recipe", "Result", "RunFailed", "SslkitError", "Train", "UserError",
-    "__version__", "examine", "load_encoder", "load_recipe", "train", "watch",
+    "Examination", "ImageEncoder", "Metrics", "Recipe", "Replay", "Result", "RunFailed", "SslkitError", "Train",
+    "UserError", "__version__", "examine", "load_encoder", "load_recipe", "replay", "train", "watch",
 ]  # fmt: skip
 
 try:
@@ -29,8 +30,9 @@ _HOMES = {
     "errors": ("RunFailed", "SslkitError", "UserError"),
     "foreign.watching": ("watch",),
     "recipe": ("Recipe", "Train"),
+    "replaying": ("Replay",),
     "result": ("Metrics", "Result"),
-    "scripting": ("examine", "load_recipe", "train"),
+    "scripting": ("examine", "load_recipe", "replay", "train"),
 }
 """Where what other programs use is; it is imported when it is asked for, since some of it brings torch."""
 

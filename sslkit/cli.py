@@ -216,6 +216,33 @@ def report(run: str, out: str | None, watch: bool) -> None:
     show(run, out, watch=5.0 if watch else None)
 
 
+@main.command("replay")
+@click.argument("run", type=click.Path())
+@click.option("--step", type=click.IntRange(min=1), required=True, help="The update, counted from 1.")
+@click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where; auto is that of the run, where there is one.",
+)
+@click.option("--modules", is_flag=True, help="Show what every module was given and gave.")
+@click.option("--save-views", type=click.Path(), metavar="FILE", help="Draw the batch's views into a picture.")
+@click.option("--json", "as_json", is_flag=True, help="As JSON: with every module, and the whole batch.")
+@local_code
+@leaving_out
+@click.pass_context
+def replay_step(ctx: click.Context, /, run: str, **how: Any) -> None:
+    """Make one update of RUN again and say where its numbers first are not finite.
+
+    It trains on in memory from the newest checkpoint before that update, and compares the loss with what was recorded.
+    RUN is a run directory; it is only read. Exit codes: 0 all finite, 1 not, 2 something to mend.
+    """
+    from sslkit.replaying import show
+
+    ctx.exit(show(run, **how))
+
+
 @main.command("views")
 @click.argument("recipe")
 @overriding

@@ -74,7 +74,8 @@ class RunInfo:
 
 
 class Images(Protocol):
-    """N images. `read` gives some of them; a set that fits in memory also has them all as `tensor`."""
+    """N images. `read` gives some of them; a set that fits in memory also has them all as `tensor`. A set that has the
+    file of each as `files` is named by them where a run says which images were in a batch."""
 
     labels: Tensor | None
     """int64 `[N]`, on the CPU, or None."""

@@ -192,6 +192,7 @@ def _fit(
     except BaseException:
         if int(trainer.bad_step) >= 0:
             reason = {"reason": "not_finite", "step": int(trainer.bad_step) + 1}
+        reason |= trainer.anomaly.status() if trainer.anomaly else {}
         raise
     finally:
         files.status(status, **{"of": trainer.info.total_steps, "step": trainer.step, **reason})

@@ -166,12 +166,12 @@ def _newest_here(files: RunDirectory, parts: Parts, console: Console) -> checkpo
             f"{files.path}: the code in {files.path / local.FOLDER} is not what the run was begun with; put the old "
             f"one back, or start anew with another {spoken().run_dir}"
         )
-    for line in _other_code(found, parts.recipe) if found else ():
+    for line in other_code(found, parts.recipe) if found else ():
         say(console, f"warning: {line}")
     return found
 
 
-def _other_code(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
+def other_code(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:
     """A line for each package that is not what it was when the checkpoint was written."""
     before = {was["component"]: was for was in found.facts.get("plugins", [])}
     changed: dict[str, list[str]] = {}

@@ -15,6 +15,7 @@ from sslkit.recipe import Recipe, read_recipe
 from sslkit.sources import is_path
 
 if TYPE_CHECKING:
+    from sslkit.replaying import Replay
     from sslkit.result import Result
 
 
@@ -133,6 +134,42 @@ def examine(run_dir: str | PathLike[str]) -> Examination:
         UserError: there is no run.
     """
     return doctor.examine_run(Path(run_dir))
+
+
+def replay(
+    run_dir: str | PathLike[str],
+    step: int,
+    *,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    save_views: str | PathLike[str] | None = None,
+    allow_local_code: bool = False,
+) -> Replay:
+    """Make an update of a run again, with hooks on every module: what `sslkit replay` prints.
+
+    The run's directory is only read. Training on from the checkpoint before that update is done in memory.
+
+    Args:
+        run_dir: The run's directory.
+        step: The update, counted from 1 as in `metrics.jsonl`.
+        device: Where; `auto` is that of the run, where there is one.
+        save_views: A picture to draw the batch's views into.
+        allow_local_code: Let the run's own copies of components in files beside its recipe run.
+
+    Raises:
+        UserError: there is no such run or update, or its data or code are not what they were.
+        RunFailed: a checkpoint or a part of the run failed.
+    """
+    if not isinstance(step, int) or step < 1:
+        raise UserError(f"step: should be a whole number of 1 or more, not {step!r}")
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: should be 'auto' or 'cpu' or 'cuda', not {device!r}")
+    from sslkit import replaying  # brings torch, which takes seconds
+
+    with local.allowed(allow_local_code):
+        return replaying.replay(
+            Path(run_dir), step, device=device, save_views=None if save_views is None else Path(save_views),
+            say=lambda text: None,
+        )  # fmt: skip
 
 
 def _console(quiet: bool) -> Any:

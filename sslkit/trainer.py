@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslkit import checkpoint, distributed, evaluate, randomness, state
+from sslkit import checkpoint, distributed, evaluate, nonfinite, randomness, state
 from sslkit.batch import Branches, LossTerms, joined, mean_of
 from sslkit.batch_norm import running_statistics
 from sslkit.build import Parts
@@ -68,9 +68,11 @@ class Trainer:
         """Leave steps that are not finite out by arithmetic: asking would make the host wait for the device."""
         self.bad_step = torch.full((), -1, device=self.device)
         """The first step whose loss or gradient was not finite, on the device; -1 while there is none."""
+        self.anomaly: nonfinite.Finding | None = None
+        """What was found about that step, once the host has heard of it."""
         self.terms = LossTerms(torch.zeros((), device=self.device))
         self.gradient_norm = torch.zeros((), device=self.device)
-        self._gradient_norms: tuple[list[str], tuple[Tensor, ...]] = ([], ())
+        self.gradient_norms: tuple[list[str], tuple[Tensor, ...]] = ([], ())
         """The part that each parameter with a gradient belongs to, and the norm of its gradient before clipping."""
         self.target_updates = torch.zeros((), dtype=torch.int64, device=self.device)
         """How often the target was moved so far; on the device, for only that knows whether a step was finite."""
@@ -149,7 +151,7 @@ class Trainer:
         self._call("after_backward")
         owned = [(o, p.grad) for o, p in zip(self.owners, self.trained, strict=True) if p.grad is not None]
         norms = tuple(torch._foreach_norm([gradient for _, gradient in owned]))
-        self._gradient_norms = [owner for owner, _ in owned], norms
+        self.gradient_norms = [owner for owner, _ in owned], norms
         self.gradient_norm = torch.linalg.vector_norm(torch.stack(norms))
         if self.recipe.train.clip_grad_norm is not None:
             torch.nn.utils.clip_grads_with_norm_(
@@ -278,7 +280,7 @@ class Trainer:
         self.check_finite()
         now = time.perf_counter()
         since, step, waited = self._clock
-        record: dict[str, Any] = {"loss": self.terms.total, **self.terms.terms, **joined_norms(*self._gradient_norms)}
+        record: dict[str, Any] = {"loss": self.terms.total, **self.terms.terms, **joined_norms(*self.gradient_norms)}
         rates = {g["part"]: g["lr"] for g in self.optimizer.param_groups}
         record["lr"] = next(iter(rates.values()))
         record |= {f"lr_{part}": lr for part, lr in rates.items() if lr != record["lr"]}
@@ -296,22 +298,21 @@ class Trainer:
         self._clock = (time.perf_counter(), self.step, self.feed.waited)
 
     def check_finite(self) -> None:
-        """Read the device's flag.
+        """Read the device's flag; if it is set, the run is over, and is searched for the cause.
 
         Raises:
             RunFailed: a loss or gradient was not finite; weights and target were not updated from that step on.
         """
         step = int(self.bad_step)
         if step >= 0:
-            raise RunFailed(
-                f"the loss or its gradient is not finite at step {step + 1} (seed {self.info.seed}); weights, "
-                "optimizer and target were left as they were before it. Lower the learning rate, lengthen its warm-up, "
-                "or set train.clip_grad_norm; train.precision = 'fp32' tells whether bf16 is to blame"
-            )
+            found = self.world.together(lambda: nonfinite.find(self, step), all_of_them=True)
+            self.anomaly = min(found, key=nonfinite.order)  # of the process where it began
+            raise nonfinite.failure(self, self.anomaly)
 
     def save(self) -> None:
         """Write a checkpoint of everything that affects the next loss."""
         self.check_finite()
+        nonfinite.check_weights(self)
         if not self.world.is_first:
             return
         self.files.sync_metrics()

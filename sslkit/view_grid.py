@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +69,17 @@ class Sample:
 def samples(data: ImageSet, run: RunInfo, views: ViewMaker, images: int) -> tuple[list[Sample], bool]:
     """The images of a run that are shown, always the same for one seed, and whether the normalisation was undone."""
     indices = chosen(data.train, run.seed, images)
-    originals = data.train.read(indices)
-    with torch.no_grad(), randomness.seeded(run.seed, "view_grid"):
+    with randomness.seeded(run.seed, "view_grid"):
         parameters = views.draw(len(indices), randomness.generator(run.seed, "view_grid", 1))
+        return samples_of(data, views, indices, parameters)
+
+
+def samples_of(
+    data: ImageSet, views: ViewMaker, indices: Tensor, parameters: Mapping[str, Tensor]
+) -> tuple[list[Sample], bool]:
+    """These training images with the views that these parameters make, and whether the normalisation was undone."""
+    originals = data.train.read(indices)
+    with torch.no_grad():
         made = [v.float() for v in views.appear(views.crop(originals, parameters), parameters)]
         line = normalisation(views, originals.shape[1:])
     if line is not None and any(v.shape[1] != len(line[0]) for v in made):
@@ -157,7 +165,17 @@ def draw(data: ImageSet, run: RunInfo, views: ViewMaker, name: str, images: int 
         name: Of the recipe, for the title.
         images: How many.
     """
-    shown, undone = samples(data, run, views, images)
+    return _drawn(*samples(data, run, views, images), run, views, name)
+
+
+def draw_batch(
+    data: ImageSet, run: RunInfo, views: ViewMaker, name: str, indices: Tensor, parameters: Mapping[str, Tensor]
+) -> Image.Image:
+    """The same for the images at `indices`, with the views that a step made of them by these parameters."""
+    return _drawn(*samples_of(data, views, indices, parameters), run, views, name)
+
+
+def _drawn(shown: list[Sample], undone: bool, run: RunInfo, views: ViewMaker, name: str) -> Image.Image:
     kinds = [spec.kind for spec in views.specs]
     return _Page(shown, _headings(shown, undone, run, views, name), kinds).image
 
@@ -183,8 +201,7 @@ def show(source: str, overrides: Sequence[str], out: str | Path, images: int = 6
         UserError: the recipe, its data or the file do not allow it.
     """
     path = Path(out)
-    if path.suffix.lower() not in SUFFIXES:
-        raise UserError(f"{path}: should end in .png or .jpg, which says what kind of picture to write")
+    check_suffix(path)
     if images < 1:
         raise UserError(f"--images {images}: should be 1 or more")
     recipe = read_recipe(source, overrides)
@@ -195,6 +212,15 @@ def show(source: str, overrides: Sequence[str], out: str | Path, images: int = 6
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
     print(f"{path}: {min(images, len(data.train))} images, {len(views.specs)} views of each")
+
+
+def check_suffix(path: Path) -> None:
+    """
+    Raises:
+        UserError: the name does not say what kind of picture to write.
+    """
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: should end in .png or .jpg, which says what kind of picture to write")
 
 
 def _headings(shown: Sequence[Sample], undone: bool, run: RunInfo, views: ViewMaker, name: str) -> list[str]:

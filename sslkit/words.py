@@ -23,6 +23,9 @@ class Words:
     """What goes on with a run that was ended."""
     accept: str
     """How a finding is accepted; `{id}` stands for its id."""
+    replay: str
+    """What makes an update again; `{run}`, `{quoted}` and `{step}` stand for the run's directory, the same as
+    a shell wants it, and the update."""
 
 
 COMMAND = Words(
@@ -35,6 +38,7 @@ COMMAND = Words(
     cpu_or_auto="--device cpu or auto",
     again="the same command",
     accept="--set train.accept='[\"{id}\"]'",
+    replay="sslkit replay {quoted} --step {step}",
 )
 PYTHON = Words(
     run_dir="run_dir",
@@ -46,6 +50,7 @@ PYTHON = Words(
     cpu_or_auto='device="cpu" or "auto"',
     again="the same call",
     accept='accept=("{id}",) in train',
+    replay="sslkit.replay({run!r}, {step})",
 )
 
 _spoken: ContextVar[Words] = ContextVar("spoken", default=PYTHON)
