@@ -305,8 +305,9 @@ class Trainer:
         """
         step = int(self.bad_step)
         if step >= 0:
-            found = self.world.together(lambda: nonfinite.find(self, step), all_of_them=True)
-            self.anomaly = min(found, key=nonfinite.order)  # of the process where it began
+            if self.anomaly is None:
+                found = self.world.together(lambda: nonfinite.find(self, step), all_of_them=True)
+                self.anomaly = min(found, key=nonfinite.order)  # of the process where it began
             raise nonfinite.failure(self, self.anomaly)
 
     def save(self) -> None:
