@@ -154,9 +154,9 @@ def best(folder: Path) -> Path | None:
     for path in listed(folder):
         try:
             facts = json.loads((path / "state.json").read_text(encoding="utf-8"))["facts"]
-        except (OSError, ValueError, KeyError):
+            knn = facts.get("knn_top1")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not what was written
             continue
-        knn = facts.get("knn_top1")
         if isinstance(knn, int | float) and (found is None or knn > found[0]):
             found = (float(knn), path)
     return found[1] if found else None

@@ -16,8 +16,8 @@ class SslkitError(Exception):
     exit_code = 1
 
     def __init__(self, *lines: str) -> None:
-        super().__init__(*lines)
-        self.lines = lines
+        self.lines = tuple(printable(line) for line in lines)
+        super().__init__(*self.lines)
 
     def __str__(self) -> str:
         return "\n".join(self.lines)
@@ -33,7 +33,25 @@ class RunFailed(SslkitError):
     """A run that began and could not go on (a loss that is not finite, memory, disk)."""
 
 
+def printable(text: str) -> str:
+    """The text in one line, with what a terminal would obey or choke on escaped: it may come from a stranger's file."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+_LONGEST = 200
+"""Letters of a name that is compared with others: the time grows with their square."""
+
+
 def did_you_mean(wrong: str, valid: Iterable[str]) -> str:
-    """`"; did you mean 'x'?"` for the nearest valid name, or an empty string."""
-    near = difflib.get_close_matches(wrong, list(valid), n=1, cutoff=0.6)
-    return f"; did you mean {near[0]!r}?" if near else ""
+    """`"; did you mean 'x'?"` for the nearest valid name, the first of equals, or an empty string."""
+    if len(wrong) > _LONGEST:
+        return ""
+    matcher, near, best = difflib.SequenceMatcher(b=wrong), None, 0.6
+    for name in valid:
+        matcher.set_seq1(name)
+        likeness = 0.7 if sorted(name) == sorted(wrong) else 0.0  # `rl` for `lr`, which difflib finds little in common
+        if matcher.real_quick_ratio() > best - 1e-9:
+            likeness = max(likeness, matcher.ratio())
+        if likeness >= best and (near is None or likeness > best):
+            near, best = name, likeness
+    return f"; did you mean {near!r}?" if near else ""

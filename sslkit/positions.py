@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from bisect import bisect_left
 
 Path = tuple[str | int, ...]
 
@@ -29,6 +30,7 @@ class _Scanner:
         self.text, self.at = text, 0
         self.lines: dict[Path, int] = {}
         self.arrays: dict[Path, int] = {}
+        self.ends = [match.start() for match in re.finditer("\n", text)]
 
     def scan(self) -> dict[Path, int]:
         table: Path = ()
@@ -112,4 +114,4 @@ class _Scanner:
         return self.at < len(self.text)
 
     def _mark(self, path: Path) -> None:
-        self.lines.setdefault(path, self.text.count("\n", 0, self.at) + 1)
+        self.lines.setdefault(path, bisect_left(self.ends, self.at) + 1)

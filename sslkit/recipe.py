@@ -270,13 +270,14 @@ def read_recipe(source: str, overrides: Sequence[str] = ()) -> Recipe:
 def parse_recipe(text: str, file: str, overrides: Sequence[str] = ()) -> Recipe:
     """As `read_recipe`, from text; `file` is the name that errors show, and where a path that it extends starts."""
     tables, origin = sources.resolve(text, file, overrides)
-    tables.setdefault("name", Path(file).stem.removesuffix(".lock"))
+    stem = Path(file).stem.removesuffix(".lock")
+    tables.setdefault("name", stem.encode("utf-8", "replace").decode())  # a file's name may be any bytes
     for name, info in Recipe.model_fields.items():
         if info.default is None and tables.get(name) is False:
             del tables[name]  # TOML has no null: `predictor = false` takes the base's predictor away
     _check_requirements(tables, origin)
     try:
-        return Recipe.model_validate_json(json.dumps(tables, default=str))
+        return Recipe.model_validate_json(json.dumps(tables))
     except ValidationError as error:
         raise UserError(*complaints.lines(error, tables, origin.of, Recipe)) from None
 

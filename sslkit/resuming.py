@@ -28,6 +28,8 @@ def choose_directory(name: str, chosen: str | None, resume: str) -> Path:
     Raises:
         UserError: a new run is wanted in a directory that was chosen and holds one.
     """
+    if chosen == "":  # as an unset variable of a shell gives
+        raise UserError(f"{spoken().run_dir} is empty; name a directory, or leave it out")
     path = Path(chosen) if chosen else Path("runs") / name
     if resume == "auto" or not (path / "recipe.lock.toml").exists():
         return path

@@ -5,7 +5,9 @@ Every key remembers where it was written, so that errors point there whichever f
 
 from __future__ import annotations
 
+import datetime
 import re
+import stat
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +19,16 @@ from sslkit.errors import UserError, did_you_mean
 from sslkit.positions import Path as Keys
 from sslkit.positions import lines_of
 
+MAX_BYTES = 2**18
+"""What is larger is no recipe but something else that was named by mistake."""
+MAX_DEPTH = 32
+"""Tables and lists inside one another; a component in a component takes two."""
+_MOST_PARTS = 100
+# tomllib's time grows with the square of the parts of a key.
+_DEEP_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{_MOST_PARTS}}}""")
+MAX_BASES = 16
+"""Recipes that extend one another in a row."""
+
 
 @dataclass
 class Origin:
@@ -27,6 +39,8 @@ class Origin:
     """Keys in the file itself and in `--set`."""
     inherited: dict[Keys, str] = field(default_factory=dict)
     """Keys that came from the recipe that the file extends."""
+    replaced: set[Keys] = field(default_factory=set)
+    """Keys of that recipe in whose place the file has something else."""
 
     def of(self, keys: Keys) -> str:
         """The place of a key. What is nowhere is missing from the file itself: the nearest key above it there."""
@@ -64,15 +78,14 @@ def locate(recipe: str, folder: Path | None = None) -> Path:
     """A recipe's file, by its path (seen from `folder`, if given) or by the name of a shipped recipe.
 
     Raises:
-        UserError: there is no such file or shipped recipe.
+        UserError: there is no such file or shipped recipe, or it is a folder, a pipe or a device.
     """
     known = shipped()
     if is_path(recipe):
         path = (folder or Path()) / recipe
-        if path.is_file():
+        if mode := _mode(path):
+            _refuse_other_kinds(path, mode)
             return path
-        if path.is_dir():
-            raise UserError(f"{path}: is a folder; give a recipe file in it")
         near = did_you_mean(path.stem, known)
         raise UserError(f"{path}: no such recipe file{near and near + ' (a shipped recipe, without .toml)'}")
     if recipe not in known:
@@ -83,18 +96,53 @@ def locate(recipe: str, folder: Path | None = None) -> Path:
     return known[recipe]
 
 
+def _mode(path: Path) -> int:
+    """What kind of file it is, as `stat` has it; 0 where there is none."""
+    try:
+        return path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return 0
+    except (OSError, ValueError) as error:  # no leave, too long, links in a circle; a name with a zero byte
+        raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+def _refuse_other_kinds(path: Path, mode: int) -> None:
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{path}: is a folder; give a recipe file in it")
+    if not stat.S_ISREG(mode):  # a pipe would be waited for, and a device may have no end
+        raise UserError(f"{path}: is a pipe, a socket or a device; a recipe is a regular file")
+
+
 def read(path: Path) -> str:
     """The text of a recipe's file.
 
     Raises:
-        UserError: it cannot be read, or is not UTF-8.
+        UserError: it cannot be read, or is not UTF-8, or too large to be a recipe.
     """
+    _refuse_other_kinds(path, _mode(path) or stat.S_IFREG)
     try:
-        return path.read_bytes().decode("utf-8")
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+    return decoded(data, str(path))
+
+
+def decoded(data: bytes, file: str) -> str:
+    """The text of a recipe; a byte order mark of UTF-8, which some editors write, is no part of it.
+
+    Raises:
+        UserError: it is not UTF-8, or too large to be a recipe.
+    """
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{file}: is larger than {MAX_BYTES:,} bytes, so it is no recipe")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise UserError(f"{file}: is UTF-16 text; a recipe is a TOML file in UTF-8, so save it as that")
+    try:
+        return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
+        line = data.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{file}:{line}: is not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
 
 
 def place(source: str, overrides: Sequence[str], *keys: str) -> str:
@@ -141,6 +189,8 @@ def _extended(tables: dict[str, Any], text: str, file: str, chain: list[str]) ->
     try:
         if not isinstance(extends, str):
             raise UserError(f"should be the name of a shipped recipe or a path, not {extends!r}")
+        if len(chain) > MAX_BASES:
+            raise UserError(f"more than {MAX_BASES} recipes extend one another in a row")
         path = locate(extends, Path(file).parent)
         further = [*chain, str(path)]
         if path.resolve() in [Path(earlier).resolve() for earlier in chain]:
@@ -153,21 +203,55 @@ def _extended(tables: dict[str, Any], text: str, file: str, chain: list[str]) ->
     origin.inherited = base_origin.inherited | base_origin.own
     base.pop("name", None)  # a name is one recipe's own: runs are kept under it
     _forget(origin.inherited, ("name",))
-    return _laid_over(base, tables, origin), origin
+    merged = _laid_over(base, tables, origin)
+    origin.inherited = {
+        keys: where
+        for keys, where in origin.inherited.items()
+        if not any(keys[:length] in origin.replaced for length in range(1, len(keys) + 1))
+    }
+    return merged, origin
 
 
 def _parsed(text: str, file: str) -> dict[str, Any]:
+    if deep := _DEEP_KEY.search(text):
+        line = text.count("\n", 0, deep.start()) + 1
+        raise UserError(f"{file}:{line}: not valid: a key of more than {_MOST_PARTS} parts")
     try:
-        return tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(_syntax_error(file, error)) from None
+    if unfit := _unfit(tables):
+        keys, problem = unfit
+        # A key inside too deep a nest is not looked for: that would take as many calls inside one another.
+        place = f"{file}:{lines_of(text)[keys]}: {'.'.join(map(str, keys))}" if keys else f"{file}: not valid"
+        raise UserError(f"{place}: {problem}")
+    return tables
+
+
+def _unfit(value: object) -> tuple[Keys, str] | None:
+    """The first value that TOML allows and no option can take, by its keys, and what is wrong with it."""
+    todo: list[tuple[Keys, object]] = [((), value)]
+    while todo:
+        keys, value = todo.pop()
+        if isinstance(value, dict | list):
+            if len(keys) >= MAX_DEPTH:
+                return (), f"{keys[0]} is nested more than {MAX_DEPTH} levels deep"
+            inner = value.items() if isinstance(value, dict) else enumerate(value)
+            todo += reversed([((*keys, key), below) for key, below in inner])
+        elif isinstance(value, datetime.date | datetime.time):
+            return keys, f'is a date or time, and no option takes one; quote it if it is text: "{value}"'
+        elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+            return keys, "is an integer of more than 64 bits, which TOML does not have"
+    return None
 
 
 def _syntax_error(file: str, error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return f"{file}: not valid TOML: nested too deeply"
     text = str(error)
     if match := re.search(r" \(at line (\d+), column (\d+)\)$", text):
         return f"{file}:{match[1]}: not valid TOML: {text[: match.start()]} (column {match[2]})"
-    return f"{file}: not valid TOML: {text.removesuffix(' (at end of document)') or 'nested too deeply'}"
+    return f"{file}: not valid TOML: {text.removesuffix(' (at end of document)')}"
 
 
 def _laid_over(base: Mapping[str, Any], tables: Mapping[str, Any], origin: Origin, at: Keys = ()) -> dict[str, Any]:
@@ -183,25 +267,29 @@ def _laid_over(base: Mapping[str, Any], tables: Mapping[str, Any], origin: Origi
             merged[key] = _joined(below, value, origin)
         else:
             merged[key] = value
-            _forget(origin.inherited, keys)
+            origin.replaced.add(keys)
     return merged
 
 
 def _observers(base: Sequence[Any], tables: Sequence[Any], origin: Origin) -> list[Any]:
     """Each observer is laid over the base's of the same `use` (the second of a name over the second), or added."""
     merged = list(base)
-    free = {number: _use(observer) for number, observer in enumerate(base)}
-    written = {keys: where for keys, where in origin.own.items() if keys[0] == "observers" and len(keys) > 1}
-    for keys in written:
-        del origin.own[keys]
+    free: dict[object, list[int]] = {}
+    for number in reversed(range(len(base))):
+        if isinstance(use := _use(base[number]), str):
+            free.setdefault(use, []).append(number)
+    written: dict[int, dict[Keys, str]] = {}
+    for keys in [keys for keys in origin.own if keys[0] == "observers" and len(keys) > 1]:
+        written.setdefault(int(keys[1]), {})[keys[2:]] = origin.own.pop(keys)
     for number, table in enumerate(tables):
-        to = next((n for n, use in free.items() if use is not None and use == _use(table)), len(merged))
-        if to in free:
-            del free[to]
+        use = _use(table)
+        same = free.get(use) if isinstance(use, str) else None
+        to = same.pop() if same else len(merged)
+        if to < len(merged):
             merged[to] = _laid_over(base[to], table, origin, ("observers", to))
         else:
             merged.append(table)
-        origin.own |= {("observers", to, *keys[2:]): where for keys, where in written.items() if keys[1] == number}
+        origin.own |= {("observers", to, *keys): where for keys, where in written.get(number, {}).items()}
     return merged
 
 
@@ -225,24 +313,35 @@ def _override(tables: dict[str, Any], overrides: Iterable[str], origin: Origin) 
     """Apply `--set`: changed `use` first, the outermost before those inside, since it resets the rest of its table."""
     parsed = []
     for override in overrides:
+        if override != override.encode("utf-8", "replace").decode():
+            raise UserError(f"--set {override}: is not UTF-8 text")
         key, equals, raw = override.partition("=")
         keys = tuple(key.strip().split("."))
         if not equals or not all(keys):
             raise UserError(f"--set {override}: should read key=value, such as train.batch_size=64")
         if keys == ("extends",):
             raise UserError(f"--set {override}: a recipe says in its file what it extends")
-        typed = local.anchored({keys[-1]: _typed(raw.strip())}, Path())[keys[-1]]  # seen from where the user is
+        typed = local.anchored({keys[-1]: _typed(raw.strip(), override)}, Path())[
+            keys[-1]
+        ]  # seen from where the user is
         parsed.append((keys, typed, override))
     for keys, value, override in sorted(parsed, key=lambda p: (0, len(p[0])) if p[0][-1] == "use" else (1, 0)):
         _set(tables, keys, value, override, origin)
 
 
-def _typed(raw: str) -> object:
+def _typed(raw: str, override: str) -> object:
     """A value as TOML reads it; a bare word is a string."""
     try:
-        return tomllib.loads(f"value = {raw}")["value"]
-    except tomllib.TOMLDecodeError:
+        read = tomllib.loads(f"value = {raw}")
+    except RecursionError:
+        raise UserError(f"--set {override[:60]}...: is nested too deeply") from None
+    except ValueError:
         return raw
+    if len(read) > 1:  # more lines than one, which would set other keys
+        return raw
+    if unfit := _unfit(read):
+        raise UserError(f"--set {override}: {unfit[1]}")
+    return read["value"]
 
 
 def _set(tables: dict[str, Any], keys: tuple[str, ...], value: object, override: str, origin: Origin) -> None:
@@ -284,7 +383,7 @@ def _entry(table: object, key: str, path: Keys, text: str) -> str | int:
     where = ".".join(map(str, path))
     if not isinstance(table, list):
         raise UserError(f"{text}: {where} is {table!r}, which has no {key!r}")
-    if not key.isdecimal() or int(key) >= len(table):
+    if not key.isdecimal() or len(key) > 9 or int(key) >= len(table):
         raise UserError(f"{text}: {where} is a list of {len(table)}; name an element by its number, from 0")
     return int(key)
 

@@ -169,7 +169,7 @@ def test_a_recipe_and_its_flattened_form_are_the_same() -> None:
         ("3", "should be the name of a shipped recipe or a path, not 3"),
         ('["base.toml"]', "should be the name of a shipped recipe or a path, not ['base.toml']"),
         ('"broken.toml"', "broken.toml:3: not valid TOML: Invalid value (column 5)"),
-        ('"latin.toml"', "latin.toml: is not UTF-8 text (byte 8)"),
+        ('"latin.toml"', "latin.toml:1: is not UTF-8 text (byte 8)"),
         ('"over.toml"', "goes round in a circle: over.toml -> over.toml"),
         ('"sub/one.toml"', ""),
     ],

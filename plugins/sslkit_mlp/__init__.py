@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import PositiveInt
+from pydantic import Field, PositiveInt
 
 from sslkit.api import Head, RunInfo
 
@@ -34,7 +34,7 @@ class MLP(Head):
     BatchNorm has PyTorch's momentum 0.1 and eps 1e-5, which are the authors' too.
     """
 
-    layers: PositiveInt = 2
+    layers: Annotated[int, Field(ge=1, le=1000)] = 2
     """Number of Linear layers. One layer is a linear map: no hidden layer, so `hidden_dim`, `hidden_norm` and `bias`
     say nothing."""
     hidden_dim: PositiveInt = 4096
