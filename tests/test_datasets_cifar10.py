@@ -178,6 +178,21 @@ def test_a_missing_batch(root, files, opened, packed):
         opened()
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_pickle_that_runs_code_does_not_run_even_with_the_official_md5(
+    tmp_path, root, files, opened, official, monkeypatch, packed
+):
+    files["data_batch_1"] = pickle.dumps({"data": Sentinel(tmp_path / "ran"), "labels": []})
+    monkeypatch.setattr(official, "train_list", [[name, md5(files[name])] for name in BATCHES[:5]])
+    if packed:
+        (root / module.ARCHIVE).write_bytes(archive_of(files))
+    else:
+        unpack(root, files)
+    with pytest.raises(UserError, match=r"data_batch_1 is no batch of images \((_io|io)\.open has no place"):
+        opened()
+    assert not (tmp_path / "ran").exists()
+
+
 def test_an_archive_that_is_damaged(root, files, opened):
     whole = archive_of(files)
     for content in (b"", b"<html>", whole[: len(whole) // 2], whole[:500] + bytes(500) + whole[1000:]):

@@ -2,9 +2,10 @@
 
 Every source keeps to the same rules. Labels serve measurement only. An image that cannot be read is named, left out
 and recorded, and above `max_bad` the run stops; nothing is ever put in its place. Only JPEG, PNG and WebP are decoded,
-up to 89,478,485 pixels (Pillow's limit against decompression bombs). EXIF orientation is applied, transparency is laid
-on white, 16-bit grey is scaled to 8 bits, CMYK and palettes become RGB by Pillow's plain formulas, colour profiles are
-not applied, and of an animation the first frame is taken.
+up to 89,478,485 pixels (Pillow's limit against decompression bombs) and 1 GiB per file. EXIF orientation is applied,
+transparency is laid on white, 16-bit grey is scaled to 8 bits, of 16-bit colours the higher byte is taken, CMYK and
+palettes become RGB by Pillow's plain formulas, colour profiles are not applied, and of an animation the first frame is
+taken. An image that changes or goes while a run reads it from its file ends the run.
 """
 
 from __future__ import annotations

@@ -6,12 +6,14 @@ import hashlib
 import http.client
 import io
 import pickle
+import stat
 import tarfile
 import tempfile
 import urllib.request
 import warnings
 import zlib
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,13 +56,14 @@ def open_cifar10(spec: CIFAR10, info: DataInfo) -> Opened:
     except (OSError, http.client.HTTPException) as error:
         raise _missing(root, f"it could not be downloaded: {_first_line(error)}") from None
     found = _read(root, info)
-    assert found is not None
+    if found is None:
+        raise UserError(f"{shown((root / ARCHIVE).absolute())} is not a regular file; remove it and repeat the command")
     return found
 
 
 def _read(root: Path, info: DataInfo) -> Opened | None:
     if (root / FOLDER).is_dir():
-        return _read_batches(root / FOLDER, lambda name: (root / FOLDER / name).read_bytes())
+        return _read_batches(root / FOLDER, partial(_member_file, root / FOLDER))
     if (root / ARCHIVE).is_file():
         return _read_archive(root / ARCHIVE)
     if any(root.glob("train*.parquet")):
@@ -109,6 +112,33 @@ def _read_archive(archive: Path) -> Opened:
         raise UserError(f"{shown(archive)} is damaged ({_first_line(error)}); {_again(archive)}") from None
 
 
+def _member_file(folder: Path, name: str) -> bytes:
+    path = folder / name
+    try:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size > _MEMBER_LIMIT:  # a pipe would be waited for
+            raise UserError(f"{shown(folder)}: {name} is not the official file; {_again(folder)}")
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UserError(f"{shown(path.absolute())} cannot be read: {error.strerror}") from None
+
+
+class _Arrays(pickle.Unpickler):
+    """Reads what the official batches hold and nothing that runs code, even if a file had their MD5."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module.replace("numpy._core", "numpy.core"), name) not in _KNOWN:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in an array of images")
+        return super().find_class(module, name)
+
+
+_KNOWN = {
+    ("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
+}  # fmt: skip
+
+
 def _read_batches(place: Path, member: Callable[[str], bytes]) -> Opened:
     """Read the batches, whose content `member` gives by name."""
     official = _official()
@@ -128,7 +158,10 @@ def _read_batches(place: Path, member: Callable[[str], bytes]) -> Opened:
         with warnings.catch_warnings():
             # Some releases of NumPy warn of how Python 2 wrote the arrays' type.
             warnings.filterwarnings("ignore", message=r"dtype\(\): align")
-            return pickle.load(io.BytesIO(content), encoding="latin1")  # type: ignore[no-any-return]
+            try:
+                return _Arrays(io.BytesIO(content), encoding="latin1").load()  # type: ignore[no-any-return]
+            except pickle.UnpicklingError as error:
+                raise UserError(f"{shown(place)}: {name} is no batch of images ({error}); {_again(place)}") from None
 
     def images(batches: list[dict[str, Any]]) -> InMemory:
         pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import PIL
 import torch
 from torch import Tensor
@@ -24,8 +25,10 @@ from sslkit_datasets.images import (
     Opened,
     Store,
     cores,
+    kind_of,
     shown,
     sift,
+    state_of,
     survey,
     tell_left_out,
 )
@@ -80,13 +83,15 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
     bad: list[dict[str, str]] = []
     for which, listing in listings.items():
         store = Store(len(listing.names), float("inf")) if in_memory else None
-        findings = _examined(spec, info, listing, store, workers, which)
+        states = [state_of(file) for file in listing.files]
+        findings = _examined(spec, info, listing, states, store, workers, which)
         good, left_out = sift(
             [f.problem for f in findings],
             lambda i, listing=listing: shown(listing.root / listing.names[i]),  # type: ignore[misc]
             which=which,
             max_bad=spec.max_bad,
             advice=", or raise data_source.max_bad",
+            cache=info.cache,
         )
         bad += left_out
         fingerprint.add(which)
@@ -98,9 +103,12 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
             sets[which] = InMemory(store.kept(good), labels)
         else:
             files = listing.files
-            sets[which] = OnDemand([files[i] for i in good], spec.channels, spec.size, workers, labels)
+            digests = np.frombuffer(b"".join(findings[i].digest for i in good), np.uint8).reshape(-1, 32)
+            known = np.array([states[i] for i in good], np.int64)
+            sets[which] = OnDemand([files[i] for i in good], spec.channels, spec.size, workers, digests, known, labels)
     tell_left_out(info.say, bad, total)
-    return Opened(sets["training"], sets.get("test"), classes, fingerprint.hexdigest(), bad)
+    names = None if classes is None else tuple(shown(name) for name in classes)
+    return Opened(sets["training"], sets.get("test"), names, fingerprint.hexdigest(), bad)
 
 
 # ---------------------------------------------------------------- which files
@@ -115,9 +123,9 @@ def find_roots(root: str, test_root: str | None) -> tuple[Path, Path | None]:
     top = _folder(root, "root")
     test = None if test_root is None else _folder(test_root, "test_root")
     train = top / "train"
-    if not train.is_dir():
+    inside = {entry.name for entry in _entries(top) if _is_folder(entry)}
+    if "train" not in inside:
         return top, test
-    inside = {entry.name for entry in _entries(top) if entry.is_dir()}
     others = sorted(inside - {"train", "test", "val"})
     if others:
         raise UserError(
@@ -134,8 +142,8 @@ def find_roots(root: str, test_root: str | None) -> tuple[Path, Path | None]:
 
 def _folder(path: str, option: str) -> Path:
     folder = Path(path).expanduser()
-    if not folder.is_dir():
-        what = "is not a folder" if folder.exists() else "does not exist"
+    if (kind := kind_of(folder, option)) != "folder":
+        what = "does not exist" if kind == "nothing" else "is not a folder"
         raise UserError(f"data_source.{option}: {shown(folder.absolute())} {what}")
     return folder
 
@@ -147,15 +155,15 @@ def list_images(root: Path, info: DataInfo) -> Listing:
         UserError: there are none, or images lie beside class folders.
     """
     entries = _entries(root)
-    folders = [entry.name for entry in entries if entry.is_dir()]
-    here = [entry.name for entry in entries if not entry.is_dir()]
+    folders = [entry.name for entry in entries if _is_folder(entry)]
+    here = [entry.name for entry in entries if not _is_folder(entry)]
     if folders and any(_is_image(name) for name in here):
         raise UserError(
             f"{shown(root)} holds images beside folders; put every image into a class folder, or all into one folder"
         )
     walked = here
     if folders:
-        walked = [f"{name}/{below}" for name in folders for below in _walk(root / name, ())]
+        walked = [*here, *(f"{name}/{below}" for name in folders for below in _walk(root / name, ()))]
     names = sorted(name for name in walked if _is_image(name))
     if not names:
         raise UserError(f"{shown(root)} holds no images (files that end in {', '.join(SUFFIXES)})")
@@ -179,12 +187,19 @@ def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
         raise UserError(f"the folder {shown(str(folder))} cannot be read: {error.strerror}") from None
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, or into what may not be looked at: no folder, and told if it is called an image
+        return False
+
+
 def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[str]:
     real = os.path.realpath(folder)
     if real in above:  # a link to a folder that contains it
         return
     for entry in _entries(folder):
-        if entry.is_dir():
+        if _is_folder(entry):
             for name in _walk(folder / entry.name, (*above, real)):
                 yield f"{entry.name}/{name}"
         else:
@@ -219,10 +234,16 @@ def _compare(train: Listing, test: Listing) -> None:
 
 
 def _examined(
-    spec: Folder, info: DataInfo, listing: Listing, store: Store | None, workers: int, which: str
+    spec: Folder,
+    info: DataInfo,
+    listing: Listing,
+    states: Sequence[tuple[int, int]],
+    store: Store | None,
+    workers: int,
+    which: str,
 ) -> list[Finding]:
     """One finding per file. Without a store they are looked up first: a run that is resumed need not wait again."""
-    record = None if store is not None else info.cache / "checked" / f"{_state_of(spec, listing)}.json"
+    record = None if store is not None else info.cache / "checked" / f"{_state(spec, listing, states)}.json"
     findings = None if record is None else _recall(record, len(listing.names))
     if findings is None:
         files = listing.files
@@ -241,15 +262,11 @@ def _examined(
     return findings
 
 
-def _state_of(spec: Folder, listing: Listing) -> str:
+def _state(spec: Folder, listing: Listing, states: Sequence[tuple[int, int]]) -> str:
     """Names, sizes and times of all files, and whatever else decides which of them can be decoded."""
     state = Fingerprint(root=str(listing.root.resolve()), channels=spec.channels, size=spec.size, pil=PIL.__version__)
-    for name, file in zip(listing.names, listing.files, strict=True):
-        try:
-            found = file.stat()
-            state.add(name, found.st_size, found.st_mtime_ns)
-        except OSError:
-            state.add(name, None)
+    for name, (size, time) in zip(listing.names, states, strict=True):
+        state.add(name, size, time)
     return state.hexdigest()
 
 

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import stat
 import sys
 import threading
 import warnings
@@ -17,12 +18,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from sslkit.api import Images
-from sslkit.errors import RunFailed, UserError
+from sslkit.errors import RunFailed, UserError, printable
+from sslkit.files import in_one_piece
 from sslkit_datasets.decode import BadImageError, Pixels, decode
 
 Item = bytes | Path | None
@@ -30,6 +33,8 @@ Item = bytes | Path | None
 
 _CHUNK = 64  # images per task: small ones spend more time on the queue than in the decoder when they go one by one
 _FEW = 3
+_MOST_BYTES = 2**30
+"""Of one image file; the pixels that are decoded at most take half of it in the plainest form."""
 _MANY = 4096
 
 
@@ -60,6 +65,10 @@ class OnDemand:
     channels: int
     size: int
     workers: int
+    digests: NDArray[np.uint8]
+    """SHA-256 of each file when the source was opened: `[N, 32]`."""
+    states: NDArray[np.int64]
+    """Size and time of each file then, as `state_of` has them: `[N, 2]`."""
     labels: Tensor | None = None
     tensor: Tensor | None = field(default=None, init=False)
 
@@ -72,15 +81,18 @@ class OnDemand:
         Raises:
             RunFailed: a file that was sound when the source was opened is not any more.
         """
-        chosen = [self.files[i] for i in indices.tolist()]
+        chosen: list[int] = indices.tolist()
         images = np.empty((len(chosen), self.channels, self.size, self.size), np.uint8)
 
         def fill(row: int) -> None:
+            file = self.files[chosen[row]]
             try:
-                images[row] = decode(_load(chosen[row]), self.channels, self.size)
+                data = _load(file)
+                images[row] = decode(data, self.channels, self.size)
+                self._compare(chosen[row], data)
             except BadImageError as error:
                 raise RunFailed(
-                    f"{shown(chosen[row])} {error}; it could be read when the run began, so it was changed since"
+                    f"{shown(file)} {error}; it could be read when the run began, so it was changed since"
                 ) from error
 
         # A pool of its own for each call: a lasting one would not survive a fork and could not be pickled, and its
@@ -88,6 +100,16 @@ class OnDemand:
         with ThreadPoolExecutor(min(self.workers, max(1, len(chosen)))) as pool:
             list(pool.map(fill, range(len(chosen))))
         return torch.from_numpy(images)
+
+    def _compare(self, i: int, data: bytes) -> None:
+        # Only what has another size or time is compared byte by byte: a file that was copied back is the same.
+        if state_of(self.files[i]) == tuple(self.states[i].tolist()):
+            return
+        if hashlib.sha256(data).digest() != self.digests[i].tobytes():
+            raise RunFailed(
+                f"{shown(self.files[i])} holds another image than when the run began; put the old file back, and the "
+                "same command goes on"
+            )
 
 
 @dataclass
@@ -226,13 +248,55 @@ def _load(item: Item) -> bytes:
     if item is None:
         raise BadImageError("has no bytes")
     try:
+        found = item.stat()
+        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and a device may have no end
+            raise BadImageError(f"is {_kind(found.st_mode)}, not a regular file")
+        if found.st_size > _MOST_BYTES:
+            raise BadImageError(f"has {found.st_size:,} bytes, more than {_MOST_BYTES:,}")
         return item.read_bytes()
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror}") from error
 
 
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+
+
+def state_of(file: Path) -> tuple[int, int]:
+    """Size and time of change, in nanoseconds; -1 and -1 where they cannot be had."""
+    try:
+        found = file.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
+
+
+def kind_of(path: Path, option: str) -> str:
+    """`folder`, `file`, `nothing`, or what else it is (`a pipe`), for what an option names.
+
+    Raises:
+        UserError: it may not be looked at, or no such name is possible.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return "nothing"
+    except (OSError, ValueError) as error:
+        problem = getattr(error, "strerror", None) or error
+        raise UserError(f"data_source.{option}: {shown(path.absolute())} cannot be read: {problem}") from None
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else _kind(mode)
+
+
 def sift(
-    problems: Sequence[str | None], name: Callable[[int], str], *, which: str, max_bad: float, advice: str
+    problems: Sequence[str | None],
+    name: Callable[[int], str],
+    *,
+    which: str,
+    max_bad: float,
+    advice: str,
+    cache: Path,
 ) -> tuple[list[int], list[dict[str, str]]]:
     """Part the images that can be read from those that cannot.
 
@@ -242,6 +306,7 @@ def sift(
         which: `training` or `test`.
         max_bad: the largest share that may be bad.
         advice: what to do about bad images beside mending them, as the end of a sentence.
+        cache: the folder in which all bad images are listed if the run does not begin.
 
     Returns:
         The indices of the readable images, and `path` and `problem` of each of the others.
@@ -254,10 +319,24 @@ def sift(
     if not good or len(bad) / len(problems) > max_bad:
         share = f"{100 * len(bad) / len(problems):.2g}%, more than max_bad = {100 * max_bad:g}%" if good else "all"
         raise UserError(
-            f"{len(bad)} of {len(problems)} {which} images cannot be read ({share}): {few(bad)}; "
+            f"{len(bad)} of {len(problems)} {which} images cannot be read ({share}): {few(bad)}{_listed(bad, cache)}; "
             f"mend or remove them{advice}"
         )
     return good, bad
+
+
+def _listed(bad: Sequence[Mapping[str, str]], cache: Path) -> str:
+    """Where all of them are listed, if that takes a file; there is no run's directory yet."""
+    if len(bad) <= _FEW:
+        return ""
+    path = cache / "bad_samples.jsonl"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        with in_one_piece(path) as staging:
+            staging.write_text("".join(json.dumps(dict(b)) + "\n" for b in bad), encoding="utf-8")
+    except OSError:
+        return ""
+    return f" (all of them: {shown(path)})"
 
 
 def few(bad: Sequence[Mapping[str, str]]) -> str:
@@ -274,7 +353,7 @@ def tell_left_out(say: Callable[[str], None], bad: Sequence[Mapping[str, str]], 
 
 def shown(path: Path | str) -> str:
     """A path for people: what a terminal would obey or choke on is escaped."""
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(path))
+    return printable(str(path))
 
 
 def cores() -> int:

@@ -23,6 +23,7 @@ from sslkit_datasets.images import (
     Opened,
     Store,
     cores,
+    kind_of,
     shown,
     sift,
     survey,
@@ -91,9 +92,9 @@ def read_sets(train: Sequence[Path], test: Sequence[Path], options: Options, inf
     Raises:
         UserError: as `open_parquet`.
     """
-    sets = {"training": _read(train, "training", options)}
+    sets = {"training": _read(train, "training", options, info.cache)}
     if test:
-        sets["test"] = _read(test, "test", options)
+        sets["test"] = _read(test, "test", options, info.cache)
         _compare(sets["training"], sets["test"])
     fingerprint = Fingerprint(source="parquet", size=options.size, channels=options.channels)
     for which, rows in sets.items():
@@ -130,10 +131,13 @@ def find_files(path: str, test_path: str | None) -> tuple[list[Path], list[Path]
 
 def _find(path: str, option: str, *, alone: bool = False) -> tuple[list[Path], list[Path]]:
     place = Path(path).expanduser()
-    if place.is_dir():
+    kind = kind_of(place, option)
+    if kind == "folder":
         return in_folder(place, option, alone=alone)
-    if place.is_file():
+    if kind == "file":
         return [place], []
+    if kind != "nothing":
+        raise UserError(f"data_source.{option}: {shown(place.absolute())} is {kind}; name a file, a glob or a folder")
     found = sorted(Path(name) for name in glob.glob(str(place)) if Path(name).is_file())  # noqa: PTH207 absolute globs
     if not found:
         raise UserError(f"data_source.{option}: no file or folder matches {shown(place.absolute())}")
@@ -190,7 +194,7 @@ def whole(files: list[Path]) -> list[Path]:
 # ---------------------------------------------------------------- what the rows hold
 
 
-def _read(files: Sequence[Path], which: str, options: Options) -> _Rows:
+def _read(files: Sequence[Path], which: str, options: Options, cache: Path) -> _Rows:
     opened = [_open(file) for file in files]
     image_column, label_column = _columns(files[0], opened[0].schema_arrow, options)
     for file, parquet in zip(files, opened, strict=True):
@@ -241,7 +245,14 @@ def _read(files: Sequence[Path], which: str, options: Options) -> _Rows:
             i -= count
         raise IndexError(i)
 
-    good, bad = sift([f.problem for f in findings], name, which=which, max_bad=options.max_bad, advice=options.advice)
+    good, bad = sift(
+        [f.problem for f in findings],
+        name,
+        which=which,
+        max_bad=options.max_bad,
+        advice=options.advice,
+        cache=cache,
+    )
     class_names = None if label_column is None else _class_names(opened[0].schema_arrow, label_column)
     checked = None if label_column is None else _checked(labels, label_column, files[0], class_names)
     tensor = None if checked is None else torch.tensor(checked, dtype=torch.int64)[good]
@@ -249,6 +260,8 @@ def _read(files: Sequence[Path], which: str, options: Options) -> _Rows:
 
 
 def _open(file: Path) -> Any:
+    if (kind := kind_of(file, "path")) not in ("file", "folder", "nothing"):  # a pipe would be waited for
+        raise UserError(f"{shown(file)} cannot be read as a Parquet file: it is {kind}")
     try:
         return pq.ParquetFile(file)
     except (pa.ArrowException, OSError) as error:
