@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ from sslkit.errors import RunFailed, SslkitError, UserError
 SCHEMA = 1
 _STEP = re.compile(r"^step-(\d{9,})$")
 _TENSOR = "__tensor__"
+LARGEST_JSON = 256 << 20
+"""Bytes of a file of JSON, a thousand times what a network of a thousand layers needs."""
 
 
 @dataclass(frozen=True)
@@ -90,12 +93,19 @@ def load(path: Path, wanted: Collection[str] | None = None) -> Checkpoint:
         UserError: it is sound, but of another format or not ours to read.
     """
     try:
+        for name in ("manifest.json", "state.json"):
+            _check_plain(path / name)
         manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+        if "state.json" not in manifest["files"]:
+            raise RunFailed(f"{path}: its manifest does not list state.json; the file was changed or damaged")
         for name, expected in manifest["files"].items():
             part = name.removesuffix(".safetensors")
             if wanted is not None and part != name and part not in wanted:
                 continue
-            if Path(name).name != name or _digest(path / name) != expected:
+            if Path(name).name != name:
+                raise RunFailed(f"{path}: its manifest lists {name!r}, which is no name of a file in this folder")
+            _check_plain(path / name, expected["bytes"])
+            if _digest(path / name) != expected:
                 raise RunFailed(f"{path}: {name} is not what the manifest says; the file was changed or damaged")
         state = json.loads((path / "state.json").read_text(encoding="utf-8"))
         if state["schema"] != SCHEMA:
@@ -103,6 +113,8 @@ def load(path: Path, wanted: Collection[str] | None = None) -> Checkpoint:
                 f"{path}: has checkpoint format {state['schema']}, and this version of sslkit reads {SCHEMA}; go on "
                 "with the version that wrote it"
             )
+        if unlisted := [name for name in state["parts"] if f"{name}.safetensors" not in manifest["files"]]:
+            raise RunFailed(f"{path}: its manifest does not list {unlisted[0]!r}; the file was changed or damaged")
         trees = {name: tree for name, tree in state["parts"].items() if wanted is None or name in wanted}
         parts = {name: _join(tree, load_file(path / f"{name}.safetensors")) for name, tree in trees.items()}
         return Checkpoint(path, int(state["step"]), parts, state["facts"])
@@ -153,9 +165,10 @@ def best(folder: Path) -> Path | None:
     found: tuple[float, Path] | None = None
     for path in listed(folder):
         try:
+            _check_plain(path / "state.json")
             facts = json.loads((path / "state.json").read_text(encoding="utf-8"))["facts"]
             knn = facts.get("knn_top1")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):  # not what was written
+        except (SslkitError, OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             continue
         if isinstance(knn, int | float) and (found is None or knn > found[0]):
             found = (float(knn), path)
@@ -200,6 +213,21 @@ def like(parameter: Tensor, state: Tensor) -> Tensor:
     if state.shape != parameter.shape:
         return state.clone()
     return torch.empty_like(parameter, dtype=state.dtype).copy_(state)
+
+
+def _check_plain(path: Path, size: int | None = None) -> None:
+    """Before a file is opened, which a pipe or a link to a device would make last for ever.
+
+    Raises:
+        RunFailed: it is not a file of this folder, or not of the size that the manifest says.
+    """
+    found = path.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise RunFailed(f"{path}: is not a plain file; checkpoints hold no links")
+    if size is None and found.st_size > LARGEST_JSON:
+        raise RunFailed(f"{path}: has {found.st_size:,} bytes; no checkpoint of sslkit's has as many")
+    if size is not None and found.st_size != size:
+        raise RunFailed(f"{path.parent}: {path.name} is not what the manifest says; the file was changed or damaged")
 
 
 def _digest(path: Path) -> dict[str, Any]:
