@@ -10,7 +10,7 @@ import click
 import sslkit
 from sslkit import cli_plugins, launcher, registry, words
 from sslkit.cli_options import leaving_out, local_code, overriding
-from sslkit.errors import SslkitError
+from sslkit.errors import SslkitError, printable
 
 
 class Group(click.Group):
@@ -44,7 +44,7 @@ def _unexpected(error: Exception) -> str:
 
     with tempfile.NamedTemporaryFile("w", prefix="sslkit-", suffix=".txt", delete=False, encoding="utf-8") as file:
         file.write(traceback.format_exc())
-    first = str(error).strip().partition("\n")[0]
+    first = printable(str(error).strip().partition("\n")[0])
     return f"{type(error).__name__}: {first} (unexpected; the traceback is in {file.name})"
 
 

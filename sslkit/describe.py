@@ -116,7 +116,7 @@ def describe_component(component: str, *, as_json: bool) -> None:
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(f"[bold]{provider.key}[/bold]  from {provider.origin}  ({_file(cls)})", soft_wrap=True)
+    console.print(Text.assemble((provider.key, "bold"), f"  from {provider.origin}  ({_file(cls)})"), soft_wrap=True)
     console.print(Text(inspect.getdoc(cls) or ""), soft_wrap=True)
     for option in shown:
         default = "required" if option["required"] else f"default {option['default']}"
@@ -137,7 +137,7 @@ def _describe_rule(provider: registry.Provider, rule: Rule, *, as_json: bool) ->
     from rich.text import Text
 
     console = Console(highlight=False)
-    console.print(f"[bold]{provider.key}[/bold]  from {provider.origin}", soft_wrap=True)
+    console.print(Text.assemble((provider.key, "bold"), f"  from {provider.origin}"), soft_wrap=True)
     for name, text in facts.items():
         if text:
             console.print(Text(f"{name}: {text}"), soft_wrap=True)

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from sslkit.errors import printable
 from sslkit.events import Run, observes
 
 QUIET_SECONDS = 10.0
@@ -26,7 +27,9 @@ class PatientConsole(Console):
 
 
 def say(console: Console, text: str) -> None:
-    """Print one line as it is: brackets are no markup, and long lines are the terminal's to wrap."""
+    """Print lines as they are: brackets are no markup, long lines are the terminal's to wrap, and nothing in them is
+    an order to it."""
+    text = "\n".join(map(printable, text.split("\n")))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
