@@ -349,7 +349,10 @@ def test_a_server_that_is_away_costs_no_training_and_no_numbers(tmp_path: Path, 
         observer.recorded(run, {"step": step, "epoch": step / 2, "loss": 1.0 / step})
         observer.checkpoint_saved(run)
     assert len(tried) == 1, "every attempt may take minutes"
-    assert said == ["mlflow: 2 numbers could not be written and are kept to try again: no route to host"]
+    assert said == [
+        f"mlflow: figures, recipe and views.png go to {store}",
+        "mlflow: 2 numbers could not be written and are kept to try again: no route to host",
+    ]
     observer.client.log_batch = reached
     observer.run_ended(run, "done")
     assert history(store, observer.id or "", "loss") == [(1, 1.0), (2, 0.5), (3, 1 / 3)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import http.client
 import io
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 FOLDER, ARCHIVE = "cifar-10-batches-py", "cifar-10-python.tar.gz"
 CLASS_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _MEMBER_LIMIT = 64 * 2**20  # an official batch has 31 MB
+_UNPACKED_LIMIT = 256 * 2**20  # the official archive unpacks to 186 MB
+_DOWNLOAD_LIMIT = 256 * 2**20  # and has 170 MB itself
 _TIMEOUT = 30  # seconds without a byte
 
 
@@ -95,7 +98,7 @@ def _official() -> Any:
 
 def _read_archive(archive: Path) -> Opened:
     try:
-        with tarfile.open(archive, "r:gz") as tar:
+        with _Bounded(archive) as unpacked, tarfile.open(fileobj=unpacked, mode="r:") as tar:
 
             def member(name: str) -> bytes:
                 try:
@@ -125,18 +128,29 @@ def _member_file(folder: Path, name: str) -> bytes:
         raise UserError(f"{shown(path.absolute())} cannot be read: {error.strerror}") from None
 
 
+class _Bounded(gzip.GzipFile):
+    """An archive that says where it ends before a bomb in it fills the memory, or the day."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        most = min(_MEMBER_LIMIT + tarfile.RECORDSIZE, _UNPACKED_LIMIT - self.tell())
+        if size is None or not 0 <= size <= most:
+            raise tarfile.ReadError("it unpacks to more than the official one")
+        return super().read(size)
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        if whence == 0 and offset > _UNPACKED_LIMIT:
+            raise tarfile.ReadError("it unpacks to more than the official one")
+        return super().seek(offset, whence)
+
+
 class _Arrays(pickle.Unpickler):
-    """Reads what the official batches hold and nothing that runs code, even if a file had their MD5."""
+    """Reads dicts of lists, texts and NumPy's arrays, as the batches are; whatever else is named is not imported."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if (module.replace("numpy._core", "numpy.core"), name) not in _KNOWN:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in an array of images")
-        return super().find_class(module, name)
-
-
-_KNOWN = {
-    ("numpy.core.multiarray", "_reconstruct"), ("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode"),
-}  # fmt: skip
+        arrays = module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct"
+        if arrays or (module, name) in {("numpy", "ndarray"), ("numpy", "dtype"), ("_codecs", "encode")}:
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"it names {module}.{name}, which no batch of images needs")
 
 
 def _read_batches(place: Path, member: Callable[[str], bytes]) -> Opened:
@@ -161,7 +175,7 @@ def _read_batches(place: Path, member: Callable[[str], bytes]) -> Opened:
             try:
                 return _Arrays(io.BytesIO(content), encoding="latin1").load()  # type: ignore[no-any-return]
             except pickle.UnpicklingError as error:
-                raise UserError(f"{shown(place)}: {name} is no batch of images ({error}); {_again(place)}") from None
+                raise UserError(f"{shown(place)}: {name} is not the official file: {error}; {_again(place)}") from None
 
     def images(batches: list[dict[str, Any]]) -> InMemory:
         pixels = np.concatenate([batch["data"] for batch in batches]).reshape(-1, 3, 32, 32)
@@ -217,6 +231,8 @@ def _download(root: Path, say: Callable[[str], None]) -> None:
                     while block := answer.read(2**18):
                         part.write(block)
                         md5.update(block)
+                        if part.tell() > _DOWNLOAD_LIMIT:
+                            raise OSError(f"{official.url} sends more than the official archive has")
                         advance(len(block))
             part.close()
             if md5.hexdigest() != official.tgz_md5:

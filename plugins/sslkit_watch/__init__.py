@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic_core import PydanticCustomError
 
 from sslkit.api import Observer, RunInfo
 
@@ -138,6 +140,20 @@ class WandB(Observer):
         return WandBObserver(self)
 
 
+def _without_password(uri: str) -> str:
+    try:
+        secret = urlsplit(uri).password is not None
+    except ValueError:
+        secret = "@" in uri
+    if secret:
+        raise PydanticCustomError(
+            "password",
+            "should hold no password, which would go into the run's files; give it as MLFLOW_TRACKING_USERNAME and "
+            "MLFLOW_TRACKING_PASSWORD, or the whole as MLFLOW_TRACKING_URI",
+        )
+    return uri
+
+
 class MLflow(Observer):
     """Writes every record to MLflow, with the recipe as parameters and the picture of the views.
 
@@ -145,9 +161,10 @@ class MLflow(Observer):
     MLflow refuses, are cut; the whole recipe is there as a file. A run that goes on does so in the same run of MLflow.
     """
 
-    tracking_uri: str | None = None
+    tracking_uri: Annotated[str, AfterValidator(_without_password)] | None = None
     """Server or data base, such as `http://host:5000` or `sqlite:///mlflow.db`; without it, `$MLFLOW_TRACKING_URI`,
-    else what MLflow chooses, `mlflow.db` in the working directory. It goes into the lock file: no passwords here."""
+    else what MLflow chooses, `mlflow.db` in the working directory. It goes into the lock file, so a password in it is
+    refused."""
     experiment: str = "sslkit"
     """The experiment that runs go to; made if it is not there."""
     name: str | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -45,11 +46,15 @@ class MLflowObserver:
     def run_started(self, run: Run) -> None:
         try:
             self.client = self.mlflow.MlflowClient(tracking_uri=self.options.tracking_uri)
+            run.say(f"mlflow: figures, recipe and views.png go to {self._where()}")
             if not self._goes_on(run):
                 self._begin(run)
         except Exception as error:  # of MLflow, of its data base, of the network
-            where = self.options.tracking_uri or self.mlflow.get_tracking_uri()
-            raise UserError(f"observer mlflow cannot write to {where}: {elsewhere.first_line(error)}") from None
+            raise UserError(f"observer mlflow cannot write to {self._where()}: {elsewhere.first_line(error)}") from None
+
+    def _where(self) -> str:
+        """Where the records go, without the password that the environment may have put there."""
+        return re.sub(r"//[^/@]*@", "//", self.options.tracking_uri or self.mlflow.get_tracking_uri())
 
     def _goes_on(self, run: Run) -> bool:
         if self.id is None:

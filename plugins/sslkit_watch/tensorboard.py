@@ -35,7 +35,7 @@ class TensorBoardObserver:
             text = recipe.read_text(encoding="utf-8")
             self.writer.add_text("recipe", "\n".join(f"    {line}" for line in text.splitlines()), 0)  # Markdown: code
         if picture.is_file():
-            with Image.open(picture) as image:
+            with Image.open(picture, formats=("PNG",)) as image:
                 self.writer.add_image("views", np.asarray(image.convert("RGB")), 0, dataformats="HWC")
 
     @observes

@@ -48,6 +48,9 @@ class WandBObserver:
         begins = self.id is None
         self.id = self.id or uuid.uuid4().hex[:8]
         online = self.mode == "online"
+        if online:  # before anything does
+            to = f"{self.options.entity or 'your account'}, project {self.options.project}"
+            run.say(f"wandb: figures, recipe, views.png and what wandb tells of the machine go to {to}")
         try:
             self.writer = self.wandb.init(
                 project=self.options.project,
