@@ -11,10 +11,10 @@ from typing import Any
 
 from sslkit.charts import Chart, Curve, Table, page
 from sslkit.describe import as_toml
-from sslkit.errors import SslkitError, UserError, did_you_mean
+from sslkit.errors import SslkitError, UserError, did_you_mean, printable
 from sslkit.page import page_path, save
 from sslkit.recipe import Recipe, read_recipe
-from sslkit.run_directory import read_json, read_metrics
+from sslkit.run_directory import read_json, read_metrics, refuse_strays
 
 DRAWN = {
     "loss": ("Loss", "What was minimised, at the batch of that step."),
@@ -89,7 +89,7 @@ def compare(runs: Sequence[str | Path], out: str | Path) -> None:
     figures = ", ".join(f"{run.name} {_accuracy(run)}" for run in measured)
     print(f"{out}: {'1 run' if len(found) == 1 else f'{len(found)} runs'}{figures and f', kNN top-1: {figures}'}")
     for line in filter(None, [warnings["knn_top1"], *(run.problem for run in found)]):
-        print(line)
+        print(printable(line))
 
 
 # ---------------------------------------------------------------- reading
@@ -116,6 +116,10 @@ def _unusable(path: Path) -> str:
             return f"{path}: is a file; give a run directory such as runs/NAME"
         near = did_you_mean(path.name, (below.name for below in _runs_in(path.parent)))
         return f"{path}: is not there{near}; give a run directory such as runs/NAME"
+    try:
+        refuse_strays(path)
+    except UserError as error:
+        return error.lines[0]
     if not (path / "recipe.lock.toml").is_file():
         inside = ", ".join(str(below) for below in _runs_in(path))
         return f"{path}: is no run directory (it has no recipe.lock.toml); give {inside or 'one such as runs/NAME'}"

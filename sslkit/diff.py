@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.text import Text
 
 from sslkit.describe import as_toml
-from sslkit.errors import UserError
+from sslkit.errors import UserError, printable
 from sslkit.recipe import Recipe, parse_recipe, read_recipe
+from sslkit.run_directory import refuse_strays
 from sslkit.sources import read, shipped
 
 
@@ -168,6 +169,7 @@ def _read(source: str) -> Recipe:
     folder = Path(source)
     if not folder.is_dir() or source in shipped():
         return read_recipe(source)
+    refuse_strays(folder)
     lock = folder / "recipe.lock.toml"
     if not lock.is_file():
         raise UserError(f"{source}: is a folder without a recipe.lock.toml; give the directory of a run, or a recipe")
@@ -176,7 +178,7 @@ def _read(source: str) -> Recipe:
 
 def _lines(found: Difference) -> Iterator[Text]:
     for side, sign, style in ((found.a, "-", "red"), (found.b, "+", "green")):
-        source = "" if side.source == side.name else f"  {side.source}"
+        source = "" if side.source == side.name else f"  {printable(side.source)}"
         yield Text.assemble((f"{sign} {side.name} ({side.hash})", style), (source, "dim"))
     yield Text()
     for slot in found.slots:

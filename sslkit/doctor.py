@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from sslkit import registry
-from sslkit.errors import UserError, did_you_mean
+from sslkit.errors import UserError, did_you_mean, printable
 from sslkit.rules import RANKS, Course, Facts, Finding, Rule, Seen, Severity, ordered
-from sslkit.run_directory import read_json, read_metrics
+from sslkit.run_directory import read_json, read_metrics, refuse_strays
 
 EXIT_CODES: Mapping[Severity, int] = {"error": 2, "warning": 1, "info": 0}
 """What `sslkit check` and `sslkit doctor` end with, by the worst finding."""
@@ -176,7 +176,7 @@ class Examination:
         for finding in self.findings:
             lines += finding_lines(finding)
         lines += [f"LOG      {note}" for note in self.notes]
-        return "\n".join([*lines, f"VERDICT  {self.verdict}"])
+        return "\n".join(map(printable, [*lines, f"VERDICT  {self.verdict}"]))
 
     def as_json(self) -> str:
         """All of it, for a program."""
@@ -285,6 +285,7 @@ def read_course(run: Path) -> Course:
     if not run.is_dir():
         raise UserError(f"{run}: {'is a file' if run.exists() else 'is not there'}; give a run directory such as "
                         "runs/NAME, or a log of another program with --csv")  # fmt: skip
+    refuse_strays(run)
     facts = read_json(run / "facts.json")
     try:
         records: list[Mapping[str, Any]] = [r for r in read_metrics(run) if isinstance(r, dict)]

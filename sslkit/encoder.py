@@ -20,6 +20,7 @@ from sslkit.api import Backbone, RunInfo, ViewGenerator, slot
 from sslkit.errors import RunFailed, UserError
 from sslkit.evaluate import in_eval_mode
 from sslkit.positions import lines_of
+from sslkit.run_directory import refuse_strays
 
 ROUNDING = 0.01
 """How far outside 0..1 float images may be, as resizing makes them."""
@@ -178,13 +179,14 @@ class _Needed(BaseModel):
 
 def _lock(run: Path) -> tuple[dict[str, Any], Path]:
     path = run / "recipe.lock.toml"
+    refuse_strays(run)
     try:
         tables: dict[str, Any] = local.anchored(tomllib.loads(path.read_text(encoding="utf-8")), run)
         return tables, path
     except FileNotFoundError:
         problem = "is not there" if not run.exists() else "is no run directory (it has no recipe.lock.toml)"
         raise UserError(f"{run}: {problem}; give one such as runs/NAME") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
 
 

@@ -12,6 +12,8 @@ def in_one_piece(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to: it takes the place of `path` when the block ends, or is removed if it fails."""
     staging = path.with_name(f".{path.name}.tmp")
     try:
+        if staging.is_symlink():  # left in a stranger's folder, it would be written through
+            staging.unlink()
         yield staging
         staging.replace(path)
     except BaseException:

@@ -211,11 +211,9 @@ def _fit(
         )
     else:
         how = spoken().more_steps if status == "stopped" else spoken().again
-        console.print(
-            f"{status} at step {trainer.step} of {trainer.info.total_steps}; {how} goes on from there", highlight=False
-        )
+        say(console, f"{status} at step {trainer.step} of {trainer.info.total_steps}; {how} goes on from there")
         say(console, f"verdict: {doctor.examine_run(files.path).verdict}")
-        console.print(f"run directory: {files.path}", highlight=False, soft_wrap=True)
+        say(console, f"run directory: {files.path}")
     return status
 
 

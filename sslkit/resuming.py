@@ -74,7 +74,7 @@ def going_on(
     arguments += ["--allow-local-code"] if given and recipe.local_parts() else []
     recipe = _compare(recipe, earlier, files.path, arguments)
     if _finished(files):
-        console.print(f"{files.path}: this run is finished", highlight=False)
+        say(console, f"{files.path}: this run is finished")
         summarise(files.path, console)
         return "finished"
     return recipe.train.compile

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import stat
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,18 +26,22 @@ from sslkit.files import in_one_piece
 
 LOCK_HEADER = "# Every option of the run, spelt out. `sslkit train` on this file gives the same losses.\n"
 
+WRITTEN = ("checkpoints", "tensorboard", local.FOLDER)
+"""Folders of a run that its files are written into."""
+
 
 class RunDirectory:
     """Opens a directory for writing, and holds it until `close`.
 
     Raises:
-        UserError: it cannot be written, or another process writes to it.
+        UserError: it cannot be written, something in it leads out of it, or another process writes to it.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
+            refuse_strays(path, *WRITTEN)
             probe = path / ".writable"
             probe.write_bytes(b"")
             probe.unlink()
@@ -91,14 +96,8 @@ class RunDirectory:
 
         Returns:
             The new `use` of each component, as the lock file says it, by its old one.
-
-        Raises:
-            UserError: the folder that they go into is a link, which leads out of the run's directory.
         """
         sources = {local.use_of(cls): source for cls in classes if (source := local.source_of(cls))}
-        folder = self.path / local.FOLDER
-        if sources and folder.is_symlink():
-            raise UserError(f"{folder}: is a link, and the run's code is kept in a folder of its own; remove the link")
         names = local.kept_names(list(sources.values()))
         for source in sources.values():
             self.write(f"{local.FOLDER}/{names[source.path]}", source.text)
@@ -178,11 +177,37 @@ class OtherProcess(RunDirectory):
         """Nothing is held."""
 
 
+def refuse_strays(run: Path, *written: str) -> None:
+    """Hold a directory, which may be a stranger's, to what it says of itself: nothing in it leads out, or blocks.
+
+    Args:
+        run: the directory of a run.
+        written: its folders that are to be written into: they and what lies in them is looked at, too. Without them,
+            links to folders elsewhere may be there.
+
+    Raises:
+        UserError: a link leads out of the directory, or an entry is a pipe or a device.
+    """
+    home = os.path.realpath(run)
+    for folder in (run, *(run / name for name in written)):
+        try:
+            entries = sorted(folder.iterdir()) if folder.is_dir() else []
+        except OSError:  # whoever reads or writes there will say so
+            continue
+        for entry in entries:
+            if entry.is_symlink():
+                inside = Path(os.path.realpath(entry)).is_relative_to(home)
+                if not inside and (written or not entry.is_dir()):
+                    raise UserError(f"{entry}: is a link that leads out of the run's directory; remove the link")
+            elif not stat.S_ISREG(mode := entry.lstat().st_mode) and not stat.S_ISDIR(mode):
+                raise UserError(f"{entry}: is neither a file nor a folder; remove it")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The table that a JSON file holds; empty where there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
 
@@ -190,10 +215,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """All records of a run's `metrics.jsonl`; a last line that was cut off by a crash is left out."""
     records = []
-    for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             records.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             break
     return records
 
@@ -235,13 +260,22 @@ def _processor() -> str:
     return platform.processor()
 
 
+# The working directory may be a stranger's, and git runs what the configuration in it names.
+_HARMLESS = ("--no-optional-locks", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
+
+
 def _git() -> dict[str, Any] | None:
     def ask(*arguments: str) -> str:
+        command = ["git", *_HARMLESS, *arguments]
         return subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, check=True, timeout=5, stdin=subprocess.DEVNULL
+            command, capture_output=True, text=True, check=True, timeout=5, stdin=subprocess.DEVNULL
         ).stdout.strip()
 
     try:
-        return {"commit": ask("rev-parse", "HEAD"), "changed": bool(ask("status", "--porcelain", "-uno"))}
+        commit, known = ask("rev-parse", "HEAD"), ask("config", "--local", "--includes", "--name-only", "--list")
+        if any(key.startswith("filter.") for key in known.splitlines()):  # programs that looking for changes would run
+            return {"commit": commit, "changed": None}
+        changed = bool(ask("status", "--porcelain", "-uno", "--ignore-submodules=dirty"))
+        return {"commit": commit, "changed": changed}
     except (OSError, subprocess.SubprocessError):
         return None

@@ -188,7 +188,7 @@ def test_a_pickle_that_runs_code_does_not_run_even_with_the_official_md5(
         (root / module.ARCHIVE).write_bytes(archive_of(files))
     else:
         unpack(root, files)
-    with pytest.raises(UserError, match=r"data_batch_1 is no batch of images \((_io|io)\.open has no place"):
+    with pytest.raises(UserError, match=r"data_batch_1 is not the official file: it names (_io|io)\.open"):
         opened()
     assert not (tmp_path / "ran").exists()
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from sslkit.charts import Drawings
 from sslkit.compare import ABSENT, Run, read_run
-from sslkit.errors import UserError, did_you_mean
+from sslkit.errors import UserError, did_you_mean, printable
 from sslkit.page import asset, document, page_path, save
 from sslkit.report import curves
 from sslkit.report.features import features, missing, views
-from sslkit.run_directory import read_json
+from sslkit.run_directory import read_json, refuse_strays
 
 if TYPE_CHECKING:
     from sslkit.doctor import Examination
@@ -39,7 +39,7 @@ def show(run: str | Path, out: str | Path | None = None, watch: float | None = N
     """
     directory = Path(run)
     path = write(directory, None if out is None else Path(out), reload=None if watch is None else _every(watch))
-    print(f"{path}: open it in a browser")
+    print(printable(f"{path}: open it in a browser"))
     if watch is None or not _running(directory):
         return
     print(f"written again every {_every(watch)} s while the run goes on; Ctrl-C ends this, not the run", flush=True)
@@ -72,6 +72,7 @@ def write(run_dir: Path, out: Path | None = None, *, reload: int | None = None) 
         runs = sorted({found.parent.name for name in FILES[:2] for found in run_dir.parent.glob(f"*/{name}")})
         what = "is no run directory" if run_dir.is_dir() else "is a file" if run_dir.exists() else "is not there"
         raise UserError(f"{run_dir}: {what}{did_you_mean(run_dir.name, runs)}; give a run directory such as runs/NAME")
+    refuse_strays(run_dir)
     save(path, text(run_dir, reload=reload if _running(run_dir) else None))
     return path
 
