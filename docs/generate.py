@@ -38,6 +38,7 @@ from sslkit import (
 from sslkit import recipe as recipe_module
 from sslkit.cli import main
 from sslkit.recipe import DEFAULT_OBSERVERS, Recipe, Train
+from sslkit.starting_point import InitFrom
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))  # the tests load this file by its path
@@ -263,6 +264,8 @@ def recipe_page() -> list[str]:
             shown, what = f"[[{name}]]" if name == "observers" else f"[{name}]", f"[{kind}](components.md#{kind})"
         elif name == "train":
             shown, what = "[train]", "its [options](#train)"
+        elif name == "init_from":
+            shown, what = name, "a path, or its [options](#init_from)"
         else:
             shown, what = name, code(describe.type_name(field))
         needed = "required" if field.is_required() and name != "name" else "optional"
@@ -280,6 +283,9 @@ def recipe_page() -> list[str]:
         "with one of these names sets its options, and `enabled = false` in it switches it off.",
         "## train",
         table(("Option", "Type", "Default", "Meaning"), option_rows(Train)),
+        "## init_from",
+        "[Start from a run](../how-to/start-from-a-run.md) says what becomes of them.",
+        table(("Option", "Type", "Default", "Meaning"), option_rows(InitFrom)),
         "A dagger (†) marks options that do not change what a run computes. They, `name`, `observers` and the options "
         "marked so among the [components](components.md) are left out of the recipe's hash, so that a run may "
         "[go on](../how-to/resume-and-stop.md) with other values.",

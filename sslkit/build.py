@@ -33,6 +33,7 @@ from sslkit.batch_norm import synchronise_batch_norm
 from sslkit.bf16 import refuse_broken_bf16
 from sslkit.data import cache_folder, channel_statistics
 from sslkit.errors import RunFailed, SslkitError, UserError
+from sslkit.initialise import Start
 from sslkit.recipe import Recipe
 from sslkit.siamese import Encoder, Siamese
 from sslkit.words import spoken
@@ -71,6 +72,8 @@ class Parts:
     optimizer: torch.optim.Optimizer
     values: list[GroupValues]
     observers: dict[str, object]
+    initialised: dict[str, Any] | None = None
+    """Where the first weights are from, as `env.json` and every checkpoint say it; None where they were drawn."""
 
     @property
     def loss_module(self) -> LossModule:
@@ -151,9 +154,16 @@ def build_views(
     return data, replace(run, views=tuple(views.specs)), views
 
 
-def build(recipe: Recipe, device: torch.device, say: Callable[[str], None], processes: int = 1) -> Parts:
+def build(
+    recipe: Recipe,
+    device: torch.device,
+    say: Callable[[str], None],
+    *,
+    processes: int = 1,
+    start: Start | None = None,
+) -> Parts:
     """Make every part of a run. Each part's weights are keyed by the seed and its slot, so that swapping one part
-    leaves the others' initial weights as they were.
+    leaves the others' initial weights as they were. Those of `start` take their places.
 
     Raises:
         UserError: parts that do not fit together, or a part's own objection.
@@ -164,7 +174,7 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None], proc
 
     updater = _made(recipe.target_updater, lambda: recipe.target_updater.build(run))
     with randomness.seeded(run.seed, "backbone"):
-        backbone = _made(recipe.backbone, lambda: recipe.backbone.build(run))
+        backbone = _made(recipe.backbone, lambda: recipe.backbone.build(replace(run, weights_follow=start is not None)))
     made = _tried(recipe.backbone, backbone, "feature_dim", torch.zeros(2, run.channels, *[run.views[0].size] * 2))
     with randomness.seeded(run.seed, "projector"):
         projector = _made(recipe.projector, lambda: recipe.projector.build(made.shape[1], run))
@@ -182,10 +192,14 @@ def build(recipe: Recipe, device: torch.device, say: Callable[[str], None], proc
     needs = _made(recipe.loss, lambda: cast(LossModule, loss).needs(run.views))
     _check_fit(recipe, needs, cast(LossModule, loss), cast(TargetModule, updater), predictor, run)
     encoder, train, split = Encoder(backbone, projector), recipe.train, _groups_here(recipe, run)
+    if start:  # before the target is made, which begins as a copy
+        start.take({"backbone": backbone, "projector": projector, "predictor": predictor, "loss": loss})
     model = _made(
         recipe.target_updater,
         lambda: Siamese(encoder, predictor, cast(TargetModule, updater), run.views, needs, train.forward, split),
     )
+    if start:
+        start.take({"target": model.target})
     if device.type == "cpu" and train.precision == "bf16":
         refuse_broken_bf16(backbone, run)
     if train.batch_norm == "sync" and processes > 1:
@@ -295,7 +309,8 @@ def resolve_compile(recipe: Recipe, run_pixels: float, device: str) -> Recipe:
     if recipe.train.compile != "auto":
         return recipe
     pays = device == "cuda" and run_pixels >= COMPILE_PIXELS and _can_compile()
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": pays})})
+    chosen = {"compile": pays, "compile_chosen": pays}
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=chosen)})
 
 
 def _can_compile() -> bool:

@@ -27,9 +27,9 @@ def check(source: str, overrides: Sequence[str] = (), *, strict: bool = False, a
         UserError: the recipe cannot be built.
     """
     recipe = read_recipe(source, overrides)
-    _, known = prepare(recipe, source, overrides, choose_device("auto"), partial(say, Console(stderr=True)))
+    parts, known = prepare(recipe, source, overrides, choose_device("auto"), partial(say, Console(stderr=True)))
     size = f"{known.total_steps} steps, {known.steps_per_epoch} an epoch"
-    found = doctor.examine(Course(known), f"{recipe.name} ({recipe.hash()}), {size}", accepted=known.accepted)
+    found = doctor.examine(Course(known), f"{recipe.name} ({parts.recipe.hash()}), {size}", accepted=known.accepted)
     found = replace(found, findings=tuple(located(found.findings, source, overrides)))
     print(found.as_json() if as_json else found.text())
     return 2 if strict and found.exit_code else found.exit_code

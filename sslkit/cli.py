@@ -81,6 +81,7 @@ for _command in cli_plugins.COMMANDS:
     show_default=True,
     help="Go on with the run in the directory, or always begin a new one beside it.",
 )
+@click.option("--fork", is_flag=False, flag_value="", metavar="[RUN]", help="Begin a new run with the weights of one.")
 @click.option("--strict", is_flag=True, help="Refuse what is otherwise only warned of before training.")
 @click.option(
     "--stop-on",
@@ -100,6 +101,7 @@ def train(
     device: str,
     run_dir: str | None,
     resume: Any,
+    fork: str | None,
     strict: bool,
     stop_on: Any,
     nproc: int,
@@ -120,7 +122,7 @@ def train(
 
         if nproc > 1:
             raise click.UsageError("--dry-run measures one process; leave --nproc out")
-        show_plan(recipe, overrides, device=device)
+        show_plan(recipe, overrides, device=device, fork=fork)
         return
     if nproc > 1:
         ctx.exit(launcher.launch(nproc, launcher.without_option(sys.argv[1:], "--nproc")))
@@ -128,8 +130,8 @@ def train(
 
     ctx.exit(
         launch.train(
-            recipe, overrides, steps=steps, device=device, run_dir=run_dir, resume=resume, strict=strict,
-            stop_on=stop_on,
+            recipe, overrides, steps=steps, device=device, run_dir=run_dir, resume=resume, fork=fork,
+            strict=strict, stop_on=stop_on,
         )
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ DRAWN = {
     "knn_top1": (
         "kNN accuracy (top-1)",
         "Share of test images that their nearest training images sort rightly. The point at step 0 is the random "
-        "network's: what the architecture gives without any training.",
+        "network's, what the architecture gives without any training; or that of the weights a run began with.",
     ),
     "effective_rank": ("Effective rank", "How many directions the backbone's features use, at most their dimensions."),
     "std_sqrt_d": ("Spread (std √d)", "1: projections are spread over the sphere; towards 0: complete collapse."),

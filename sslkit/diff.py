@@ -168,7 +168,12 @@ def _read(source: str) -> Recipe:
     """A recipe, or that of a run directory."""
     folder = Path(source)
     if not folder.is_dir() or source in shipped():
-        return read_recipe(source)
+        recipe = read_recipe(source)
+        if recipe.init_from is None:
+            return recipe
+        from sslkit.initialise import pinned  # torch takes seconds, and few recipes need it
+
+        return pinned(recipe)
     refuse_strays(folder)
     lock = folder / "recipe.lock.toml"
     if not lock.is_file():

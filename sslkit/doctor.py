@@ -271,7 +271,7 @@ def _figures(course: Course) -> list[str]:
     for key, name in (("knn_top1", "kNN top-1"), ("probe_top1", "linear probe top-1")):
         steps, _, values = course.points(key)
         if len(values) > 1:
-            floor = " (the random network)" if steps[0] == 0 and course.status else ""
+            floor = f" (the {course.facts.first_network})" if steps[0] == 0 and course.status else ""
             lines.append(f"{name} {values[0]:.4f} at step {steps[0]}{floor} -> {values[-1]:.4f} at step {steps[-1]}")
     return lines
 

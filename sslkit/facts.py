@@ -53,6 +53,7 @@ def gather(parts: Parts) -> Facts:
             train_images=run.train_images,
             processes=run.world_size,
             precision=recipe.train.precision,
+            initialised=recipe.init_from.words if recipe.init_from else "",
             loss_precision="fp32",  # the engine calls losses outside autocast
             labelled=data.train.labels is not None and data.test is not None and data.test.labels is not None,
             quality=tuple(m for o in recipe.observers if o.enabled for m in type(o).measures),

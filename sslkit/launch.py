@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from sslkit import distributed, doctor, launcher, local, registry, view_grid
+from sslkit import checkpoint, distributed, doctor, forking, initialise, launcher, local, registry, view_grid
 from sslkit.attending import Attending
 from sslkit.build import Parts, choose_device, resolve_compile
 from sslkit.distributed import World
@@ -25,7 +25,7 @@ from sslkit.progress import Display, PatientConsole, say
 from sslkit.randomness import undisturbed
 from sslkit.recipe import Recipe, read_recipe
 from sslkit.result import Result, Status
-from sslkit.resuming import choose_directory, going_on, newest_checkpoint, opened, with_compile
+from sslkit.resuming import chosen, going_on, newest_checkpoint, opened
 from sslkit.rules import Severity
 from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment
 from sslkit.stopping import StopSignals
@@ -45,6 +45,7 @@ def train(
     device: str = "auto",
     run_dir: str | None = None,
     resume: Literal["auto", "never"] = "auto",
+    fork: str | None = None,
     strict: bool = False,
     stop_on: Severity | None = None,
     console: Console | None = None,
@@ -54,7 +55,7 @@ def train(
     Args:
         source: The recipe, by path or shipped name.
         overrides: `key=value` each.
-        steps, device, run_dir, resume, strict, stop_on, console: As `run` takes them.
+        steps, device, run_dir, resume, fork, strict, stop_on, console: As `run` takes them.
 
     Returns:
         The exit code: 0 done or preempted, 1 ended by `stop_on`, 130 interrupted from the keyboard.
@@ -64,8 +65,8 @@ def train(
     """
     recipe = read_recipe(source, overrides)
     result = run(
-        recipe, source, overrides, steps=steps, device=device, run_dir=run_dir, resume=resume, strict=strict,
-        stop_on=stop_on, console=console or PatientConsole(),
+        recipe, source, overrides, steps=steps, device=device, run_dir=run_dir, resume=resume, fork=fork,
+        strict=strict, stop_on=stop_on, console=console or PatientConsole(),
     )  # fmt: skip
     return launcher.leave(EXIT_CODES.get(result.status, 0))
 
@@ -79,6 +80,7 @@ def run(
     device: str,
     run_dir: str | None,
     resume: Literal["auto", "never"],
+    fork: str | None = None,
     strict: bool,
     stop_on: Severity | None,
     console: Console,
@@ -96,6 +98,7 @@ def run(
         device: `auto`, `cpu` or `cuda`.
         run_dir: Directory of the run; `runs/NAME` without it.
         resume: `never` begins a new run beside one that is there.
+        fork: Begin a new run with the weights of the run in this directory; empty, of the run of the recipe's name.
         strict: Refuse what is otherwise only warned of before training.
         stop_on: End the run, with a checkpoint, at the first live finding as grave as this.
         console: Where to print.
@@ -109,16 +112,17 @@ def run(
         if not world.is_first:
             console = Console(quiet=True)
         try:
-            path = world.first(lambda: choose_directory(recipe.name, run_dir, resume))
+            asked = forking.Asked(source, overrides, run_dir, fork)
+            recipe, path = chosen(recipe, asked, resume, world)
             with opened(path, world) as files:
-                chosen = world.first(lambda: going_on(files, recipe, source, overrides, console))
-                if chosen == "finished":
+                settled = world.together(lambda: going_on(files, recipe, asked, console))
+                if settled is None:
                     return Result.of(files.path, "done")
-                recipe = with_compile(recipe, chosen)
-                with _reported(files, recipe, world):
-                    parts, known = world.together(
-                        lambda: prepare(recipe, source, overrides, where, partial(say, console), world.size)
-                    )
+                with _reported(files, settled, world):
+                    parts, known = world.together(lambda: prepare(
+                        settled, source, overrides, where, partial(say, console), processes=world.size,
+                        fork=fork is not None, resuming=bool(checkpoint.listed(files.checkpoints)),
+                    ))  # fmt: skip
                     world.first(lambda: tell_findings(known, source, overrides, console, strict=strict))
                     attending = Attending(known, partial(say, console), stop_on)
                     signals = StopSignals(should_stop)
@@ -143,16 +147,19 @@ def _train(
     device = parts.device
     recipe = parts.recipe = resolve_compile(parts.recipe, view_pixels(parts), device.type)
     found = newest_checkpoint(files, parts, console, world)
-    files.write("recipe.lock.toml", LOCK_HEADER + recipe.to_toml_with(files.keep_local(recipe.local_parts())))
+    parts.initialised = found.facts.get("initialised") if found else parts.initialised
+    lock = initialise.seen_from(recipe, files.path).to_toml_with(files.keep_local(recipe.local_parts()))
+    files.write("recipe.lock.toml", LOCK_HEADER + lock)
     files.write("facts.json", attending.course.facts.model_dump_json(indent=1, exclude_none=True) + "\n")
     if world.is_first:
         view_grid.write(parts.data, parts.run, parts.views, recipe.name, files.path / "views.png")
-    about = environment(sys.argv, recipe.provenance(), device_name(device), world.size, parts.data.fingerprint)
-    files.write("env.json", json.dumps(about, indent=1) + "\n")
+    ran = environment(sys.argv, recipe.provenance(), device_name(device), world.size, parts.data.fingerprint)
+    files.write("env.json", json.dumps(ran | {"initialised": parts.initialised}, indent=1) + "\n")
     files.write("bad_samples.jsonl", "".join(json.dumps(dict(bad)) + "\n" for bad in parts.data.bad))
     files.open_metrics(int(found.facts["metrics_offset"]) if found else 0)
 
-    display = Display(console, parts.run.total_steps, parts.run.steps_per_epoch)
+    first = attending.course.facts.first_network
+    display = Display(console, parts.run.total_steps, parts.run.steps_per_epoch, first)
     # The first process observes, for all of them.
     parts.observers = {**parts.observers, "progress": display, "doctor": attending} if world.is_first else {}
     trainer = Trainer(parts, files, display.say, lambda: signals.word() or int(attending.lost), world)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from sslkit import forking
 from sslkit.build import Parts, choose_device, resolve_compile
 from sslkit.nn import ScheduledNumber
 from sslkit.preparation import prepare, tell_findings, view_pixels
@@ -34,7 +35,7 @@ class Cost:
     peak_bytes: int
 
 
-def show_plan(source: str, overrides: Sequence[str], *, device: str) -> None:
+def show_plan(source: str, overrides: Sequence[str], *, device: str, fork: str | None = None) -> None:
     """Print the resolved recipe, sizes, schedules and a measured estimate.
 
     Raises:
@@ -42,10 +43,13 @@ def show_plan(source: str, overrides: Sequence[str], *, device: str) -> None:
     """
     console = Console(highlight=False)
     recipe = read_recipe(source, overrides)
-    parts, known = prepare(recipe, source, overrides, choose_device(device), partial(say, console))
+    if fork is not None:
+        recipe, _ = forking.begin(recipe, forking.Asked(source, overrides, None, fork), resume="auto")
+    tell = partial(say, console)
+    parts, known = prepare(recipe, source, overrides, choose_device(device), tell, fork=fork is not None)
     tell_findings(known, source, overrides, console)
     run = parts.run
-    parts.recipe = resolve_compile(recipe, view_pixels(parts), run.device)
+    parts.recipe = resolve_compile(parts.recipe, view_pixels(parts), run.device)
     console.print(parts.recipe.to_toml(), markup=False, soft_wrap=True)
 
     left_out = run.train_images - run.steps_per_epoch * run.batch_size

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from rich.console import Console
 
-from sslkit import doctor
+from sslkit import doctor, initialise
 from sslkit.build import Parts, build
 from sslkit.errors import UserError
 from sslkit.facts import gather
@@ -27,16 +27,30 @@ def prepare(
     overrides: Sequence[str],
     device: torch.device,
     tell: Callable[[str], None],
+    *,
     processes: int = 1,
+    fork: bool = False,
+    resuming: bool = False,
 ) -> tuple[Parts, Facts]:
     """Build the parts of a recipe, which was read from `source` if that is not None, and try them out.
 
+    Args:
+        recipe, source, overrides, device: What to build, and where it is from.
+        tell: Told what is worth a line.
+        fork: `init_from` is the run that is forked: of its weights those are taken that fit.
+        resuming: The run has a checkpoint of its own, and where its first weights were from does not matter any more.
+
     Raises:
         UserError: they do not go together, or not with the machine; with the line of the recipe.
-    """
+    """  # fmt: skip
     doctor.check_accepted(recipe.train.accept)
     with placed(source, overrides):
-        parts = build(recipe, device, tell, processes)
+        start = None if resuming else initialise.find(recipe, tell, fork=fork)
+        parts = build(recipe, device, tell, processes=processes, start=start)
+    if start is not None:
+        for line in start.told():
+            tell(line)
+        parts.recipe, parts.initialised = start.settled(recipe), start.facts()
     return parts, gather(parts)
 
 

@@ -36,8 +36,10 @@ def say(console: Console, text: str) -> None:
 class Display:
     """An observer like any other: it draws from the records of `metrics.jsonl`."""
 
-    def __init__(self, console: Console, total_steps: int, steps_per_epoch: int) -> None:
-        self.console, self.steps_per_epoch = console, steps_per_epoch
+    def __init__(
+        self, console: Console, total_steps: int, steps_per_epoch: int, first_network: str = "random network"
+    ) -> None:
+        self.console, self.steps_per_epoch, self.first_network = console, steps_per_epoch, first_network
         self.shown: dict[str, Any] = {}
         self._printed = -QUIET_SECONDS
         self.progress: Progress | None = None
@@ -79,7 +81,7 @@ class Display:
             self.progress.update(self.task, numbers=_numbers(self.shown))
         now, numbers = time.monotonic(), _numbers(record)
         if "knn_top1" in record and record["step"] == 0:
-            self.say(f"kNN top-1 of the random network: {record['knn_top1']:.4f}")
+            self.say(f"kNN top-1 of the {self.first_network}: {record['knn_top1']:.4f}")
         elif self.progress is None and numbers and ("knn_top1" in record or now - self._printed >= QUIET_SECONDS):
             self._printed = now
             self.say(f"epoch {record['epoch']:.2f}  step {record['step']}/{run.info.total_steps}  {numbers}")

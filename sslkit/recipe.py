@@ -30,7 +30,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from sslkit import complaints, installed, local, registry, sources
+from sslkit import complaints, installed, local, registry, sources, starting_point
 from sslkit.api import (
     Backbone,
     Component,
@@ -46,6 +46,7 @@ from sslkit.api import (
     slot,
 )
 from sslkit.errors import UserError
+from sslkit.starting_point import InitFrom
 
 DEFAULT_OBSERVERS = ("health", "knn", "probe", "tensorboard", "report")
 """On in every run unless the recipe says `enabled = false`: a loss alone cannot tell good from bad."""
@@ -119,6 +120,8 @@ class Train(BaseModel):
     compile: Literal["auto"] | bool = "auto"
     """`torch.compile` the views and the networks. `auto` does on a GPU where the run is long enough to win the
     time back; the lock file records what it chose."""
+    compile_chosen: Annotated[bool | None, Incidental] = None
+    """What `auto` chose, in lock files: where `compile` says the same, the recipe is still the one with `auto`."""
     clip_grad_norm: PositiveFloat | None = None
     """Scale gradients down to this norm over all parameters; without it they are left alone."""
     log_every: Annotated[PositiveInt, Incidental] = 50
@@ -185,6 +188,11 @@ class Recipe(BaseModel):
     """How the target network follows the online network."""
     optimizer: Annotated[SerializeAsAny[Optimizer], slot("optimizer")]
     """The optimizer, with its learning rate and weight decay."""
+    init_from: (
+        Annotated[InitFrom, BeforeValidator(starting_point.filled, json_schema_input_type=str | InitFrom)] | None
+    ) = None
+    """A run whose weights the networks begin with: its directory, or a table. Without it they are drawn from the seed.
+    A run that goes on has its own weights, and the other run may be gone by then."""
     train: Train
     """How long, how large, how precise."""
     observers: Annotated[
@@ -225,6 +233,13 @@ class Recipe(BaseModel):
         """The options that change what the run computes: no cadences, observers, workers or paths."""
         computed = self.tables()
         _drop_incidental(self, computed)
+        if self.train.compile_chosen == self.train.compile:
+            computed["train"]["compile"] = "auto"
+        if self.init_from is not None and self.init_from.weights:
+            del (
+                computed["init_from"]["run"],
+                computed["init_from"]["checkpoint"],
+            )  # the weights say it, wherever they lie
         names = {local.use_of(part): local.computed_name(part) for part in self.local_parts()}
         without_places: dict[str, Any] = local.renamed(computed, lambda use: names.get(use, use))
         return without_places

@@ -2,34 +2,46 @@
 
 from __future__ import annotations
 
-import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
 
 from rich.console import Console
 
-from sslkit import checkpoint, local
+from sslkit import checkpoint, forking, local
 from sslkit.build import Parts
-from sslkit.diff import differences
 from sslkit.distributed import World, restarted
 from sslkit.errors import UserError
+from sslkit.forking import Asked
 from sslkit.progress import say
 from sslkit.recipe import Recipe, parse_recipe
 from sslkit.run_directory import OtherProcess, RunDirectory
+from sslkit.starting_point import InitFrom
 from sslkit.summary import summarise
-from sslkit.words import COMMAND, spoken
+from sslkit.words import spoken
 
 
-def choose_directory(name: str, chosen: str | None, resume: str) -> Path:
-    """The directory of a run: the one that was chosen, `runs/NAME`, or with `resume = "never"` a new one beside it.
+def chosen(recipe: Recipe, asked: Asked, resume: str, world: World) -> tuple[Recipe, Path]:
+    """The recipe and the directory of a run: the one that was chosen, `runs/NAME`, that of a fork, or with
+    `resume = "never"` a new one beside it.
 
     Raises:
         UserError: a new run is wanted in a directory that was chosen and holds one.
     """
-    if chosen == "":  # as an unset variable of a shell gives
+    if asked.run_dir == "":  # as an unset variable of a shell gives
         raise UserError(f"{spoken().run_dir} is empty; name a directory, or leave it out")
+    if asked.fork is None:
+        return recipe, world.first(lambda: _directory(recipe.name, asked.run_dir, resume))
+
+    def begun() -> tuple[InitFrom | None, Path]:
+        forked, path = forking.begin(recipe, asked, resume="auto" if restarted() else resume)
+        return forked.init_from, path
+
+    start, path = world.first(begun)
+    return recipe.model_copy(update={"init_from": start}), path
+
+
+def _directory(name: str, chosen: str | None, resume: str) -> Path:
     path = Path(chosen) if chosen else Path("runs") / name
     if resume == "auto" or not (path / "recipe.lock.toml").exists():
         return path
@@ -58,26 +70,21 @@ def opened(path: Path, world: World) -> Iterator[RunDirectory]:
                 path.rmdir()
 
 
-def going_on(
-    files: RunDirectory, recipe: Recipe, source: str | None, overrides: Sequence[str], console: Console
-) -> Literal["finished", "auto"] | bool:
-    """What an earlier call left here: nothing more to do, or what `train.compile` was resolved to.
+def going_on(files: RunDirectory, recipe: Recipe, asked: Asked, console: Console) -> Recipe | None:
+    """The recipe with what an earlier call settled; None if that has finished the run.
 
     Raises:
         UserError: it was of another recipe.
     """
     earlier = _earlier_recipe(files, leave=local.is_allowed() or bool(recipe.local_parts()))
     if earlier is None:
-        return recipe.train.compile
-    given = source is not None and spoken() is COMMAND
-    arguments = [str(source), *(f"--set={o}" for o in overrides)] if given else []
-    arguments += ["--allow-local-code"] if given and recipe.local_parts() else []
-    recipe = _compare(recipe, earlier, files.path, arguments)
+        return recipe
+    recipe = forking.going_on(recipe, earlier, files.path, asked)
     if _finished(files):
         say(console, f"{files.path}: this run is finished")
         summarise(files.path, console)
-        return "finished"
-    return recipe.train.compile
+        return None
+    return recipe
 
 
 def _earlier_recipe(files: RunDirectory, leave: bool) -> Recipe | None:
@@ -87,7 +94,7 @@ def _earlier_recipe(files: RunDirectory, leave: bool) -> Recipe | None:
         return None
     text = files.lock_file.read_text(encoding="utf-8")
     # A run that ended before its first checkpoint has nothing to lose: the directory is free.
-    begun = files.checkpoints.is_dir() and any(files.checkpoints.iterdir())
+    begun = files.checkpoints.is_dir() and any(not p.name.startswith(".") for p in files.checkpoints.iterdir())
     try:
         with local.allowed(leave and files.path.resolve() / local.FOLDER):
             return parse_recipe(text, str(files.lock_file)) if begun else None
@@ -97,27 +104,6 @@ def _earlier_recipe(files: RunDirectory, leave: bool) -> Recipe | None:
             "back the packages that it was trained with",
             *(f"  {line}" for line in error.lines),
         ) from None
-
-
-def _compare(recipe: Recipe, earlier: Recipe, path: Path, arguments: Sequence[str]) -> Recipe:
-    """The recipe to go on with: what `auto` chose at the start stands."""
-    if recipe.train.compile == "auto":
-        recipe = with_compile(recipe, earlier.train.compile)
-    if changed := differences(earlier, recipe):
-        beside = f"--run-dir {shlex.quote(f'{path}-2')}"
-        way = f"choose another {spoken().run_dir} or name"
-        if arguments:
-            way = f"to train the changed one: sslkit train {shlex.join(arguments)} {beside}"
-        raise UserError(
-            f"{path}: holds a run of another recipe; {way}",
-            *(f"  {change}" for change in changed),
-        )
-    return recipe
-
-
-def with_compile(recipe: Recipe, chosen: Literal["auto"] | bool) -> Recipe:
-    """The recipe with what `train.compile` is to be."""
-    return recipe.model_copy(update={"train": recipe.train.model_copy(update={"compile": chosen})})
 
 
 def _finished(files: RunDirectory) -> bool:

@@ -113,6 +113,9 @@ class Facts(_Known):
     loss_precision: str | None = None
     """What the loss computes in."""
 
+    initialised: str = ""
+    """Where the weights at step 0 were taken from, as `runs/x, step 840`; empty where they were drawn."""
+
     # measurement
     labelled: bool | None = None
     """Whether training and test images have labels, so that accuracy can be measured."""
@@ -213,6 +216,11 @@ class Facts(_Known):
     """Trainable parameters of the online branch and the loss that the optimizer does not have."""
     decayed_biases: bool | None = None
     """Whether bias or normalisation parameters take part in weight decay or in LARS's adaptation."""
+
+    @property
+    def first_network(self) -> str:
+        """What is measured at step 0: a floor that says what knowing nothing gives, or what another run had learnt."""
+        return "initialised network" if self.initialised else "random network"
 
 
 def _is_number(value: Any) -> bool:

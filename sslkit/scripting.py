@@ -46,6 +46,7 @@ def train(
     steps: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     resume: Literal["auto", "never"] = "auto",
+    fork: bool | str | PathLike[str] = False,
     strict: bool = False,
     stop_on: Literal["error", "warning"] | None = None,
     should_stop: Callable[[], bool] | None = None,
@@ -68,6 +69,8 @@ def train(
         steps: Stop after this many optimizer steps, with a checkpoint; a later call with more goes on.
         device: Where to train; `auto` is CUDA where there is a device.
         resume: `never` begins a new run beside one that is there.
+        fork: Begin a new run with the weights of the run in this directory; True, with those of `runs/NAME`. The same
+            call goes on with the fork.
         strict: Refuse what is otherwise only warned of before training.
         stop_on: End the run, with a checkpoint and the status `lost`, at the first finding as grave as this.
         should_stop: Asked before each step; True ends the run as an interrupt does.
@@ -103,7 +106,8 @@ def train(
 
     return launch.run(
         chosen, source, steps=steps, device=device, run_dir=None if run_dir is None else fspath(run_dir),
-        resume=resume, strict=strict, stop_on=stop_on, console=_console(quiet),
+        resume=resume, fork=None if fork is False else "" if fork is True else fspath(fork), strict=strict,
+        stop_on=stop_on, console=_console(quiet),
         should_stop=should_stop or (lambda: False),
     )  # fmt: skip
 

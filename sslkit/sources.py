@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sslkit import local
+from sslkit import local, starting_point
 from sslkit.errors import UserError, did_you_mean
 from sslkit.positions import Path as Keys
 from sslkit.positions import lines_of
@@ -145,7 +145,7 @@ def decoded(data: bytes, file: str) -> str:
         raise UserError(f"{file}:{line}: is not UTF-8 text (byte {error.start}); a recipe is a TOML file") from None
 
 
-def place(source: str, overrides: Sequence[str], *keys: str) -> str:
+def place(source: str, overrides: Sequence[str], *keys: str | int) -> str:
     """`recipe.toml:7`, or the override, for the nearest key at or above the given ones."""
     path = locate(source)
     return resolve(read(path), str(path), overrides)[1].of(keys)
@@ -182,7 +182,7 @@ def resolve(text: str, file: str, overrides: Sequence[str] = ()) -> tuple[dict[s
 
 def _extended(tables: dict[str, Any], text: str, file: str, chain: list[str]) -> tuple[dict[str, Any], Origin]:
     origin = Origin(file, {keys: f"{file}:{line}" for keys, line in lines_of(text).items()})
-    tables = local.anchored(tables, Path(file).parent)
+    tables = starting_point.anchored(local.anchored(tables, Path(file).parent), Path(file).parent)
     if "extends" not in tables:
         return tables, origin
     extends = tables.pop("extends")
@@ -321,9 +321,10 @@ def _override(tables: dict[str, Any], overrides: Iterable[str], origin: Origin) 
             raise UserError(f"--set {override}: should read key=value, such as train.batch_size=64")
         if keys == ("extends",):
             raise UserError(f"--set {override}: a recipe says in its file what it extends")
-        typed = local.anchored({keys[-1]: _typed(raw.strip(), override)}, Path())[
-            keys[-1]
-        ]  # seen from where the user is
+        typed = local.anchored({keys[-1]: _typed(raw.strip(), override)}, Path())[keys[-1]]
+        if keys in (("init_from",), ("init_from", "run")):
+            path = starting_point.anchored({"init_from": {"run": typed} if keys[1:] else typed}, Path())["init_from"]
+            typed = path["run"] if keys[1:] else path
         parsed.append((keys, typed, override))
     for keys, value, override in sorted(parsed, key=lambda p: (0, len(p[0])) if p[0][-1] == "use" else (1, 0)):
         _set(tables, keys, value, override, origin)

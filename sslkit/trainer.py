@@ -329,6 +329,7 @@ class Trainer:
             "plugins": self.recipe.provenance(),
             "run": asdict(self.info),
             "evaluated": self.parts.target.evaluated,
+            "initialised": self.parts.initialised,
         }
         path = checkpoint.save(self.files.checkpoints, self.step, state.taken(self.parts, self.bus), facts)
         self.files.status("running", step=self.step, of=self.info.total_steps)

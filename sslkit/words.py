@@ -14,6 +14,7 @@ class Words:
 
     run_dir: str
     resume_never: str
+    fork: str
     stop_on: str
     more_steps: str
     local_code: str
@@ -31,6 +32,7 @@ class Words:
 COMMAND = Words(
     run_dir="--run-dir",
     resume_never="--resume never",
+    fork="--fork",
     stop_on="--stop-on",
     more_steps="a larger --steps",
     local_code="--allow-local-code",
@@ -43,6 +45,7 @@ COMMAND = Words(
 PYTHON = Words(
     run_dir="run_dir",
     resume_never='resume="never"',
+    fork="fork=True",
     stop_on="stop_on",
     more_steps="a larger value of steps",
     local_code="allow_local_code=True",

@@ -252,7 +252,7 @@ def test_a_changed_recipe_on_an_existing_run_is_refused_with_the_difference(tiny
     changed = run("train", str(tiny), "--set", "optimizer.weight_decay=0.1")
     assert changed.exit_code == 2
     assert "optimizer.weight_decay: 0.0001 -> 0.1" in changed.stderr
-    assert "--run-dir" in changed.stderr
+    assert "--fork" in changed.stderr
     assert run("train", str(tiny), "--set", "train.log_every=3", "--steps", "4").exit_code == 0, "cadences may change"
 
 
@@ -462,7 +462,7 @@ def test_an_observers_error_keeps_its_traceback(tiny: Path, monkeypatch: pytest.
 def test_the_way_out_of_a_refusal_keeps_what_was_set(tiny: Path) -> None:
     run("train", str(tiny), "--steps", "2")
     changed = run("train", str(tiny), "--set", "optimizer.lr={ use = 'constant', value = 0.1 }")
-    suggestion = changed.stderr.splitlines()[0].partition("the changed one: sslkit ")[2]
+    suggestion = changed.stderr.splitlines()[-1].partition("from the beginning: sslkit ")[2]
     import shlex
 
     assert run(*shlex.split(suggestion), "--steps", "2").exit_code == 0

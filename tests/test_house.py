@@ -20,7 +20,7 @@ from sslkit.recipe import Recipe, Train
 FLOORS: list[set[str]] = [
     {"errors", "files", "randomness", "positions", "batch", "rules", "stopping", "words", "launcher"},
     {"installed", "local", "registry", "contracts"},
-    {"api"},
+    {"api", "starting_point"},
     {"complaints", "sources", "nn", "batch_norm", "page", "charts", "view_words"},
     {"recipe"},
     {
@@ -42,12 +42,13 @@ FLOORS: list[set[str]] = [
         "encoder",
         "schema",
         "scaffold",
+        "initialise",
     },
     {"bf16"},
     {"build", "progress", "diff"},
     {"objective", "state"},
     {"trainer", "nonfinite", "facts", "loss_facts", "view_grid"},
-    {"summary", "preparation"},
+    {"summary", "preparation", "forking"},
     {"resuming"},
     {"launch", "compare", "foreign", "testing"},
     {"report", "replaying"},

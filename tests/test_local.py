@@ -270,9 +270,11 @@ def test_a_changed_file_is_a_changed_recipe() -> None:
     Path("my_head.py").write_text(HEAD.replace("nn.Linear(in_dim, self.width)", "nn.Linear(in_dim, self.width, False)"))
     changed = train("tiny.toml", "--steps", "4")
     assert changed.exit_code == 2
-    first, second = changed.stderr.splitlines()
-    assert first.endswith("sslkit train tiny.toml --allow-local-code --run-dir runs/tiny-2")
-    assert second.startswith('  projector.use: "WideHead, local code ')
+    _, change, fork, anew = changed.stderr.splitlines()
+    assert ': projector.use: "WideHead, local code ' in change
+    assert fork.endswith("sslkit train tiny.toml --allow-local-code --fork")
+    assert anew.endswith("sslkit train tiny.toml --allow-local-code --resume never")
+    assert train("tiny.toml", "--fork", "--steps", "1").exit_code == 0
 
 
 def test_a_changed_copy_in_the_run_is_refused() -> None:

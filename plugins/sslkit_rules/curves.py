@@ -85,7 +85,7 @@ class Quality:
     noise: float
     """Two standard errors of one measurement: smaller differences are chance."""
     floor: float | None
-    """The random network's, at step 0; None if it was not measured."""
+    """The random network's, at step 0; None if it was not measured, or the run began with another's weights."""
 
     @property
     def best(self) -> float:
@@ -128,7 +128,8 @@ def quality(course: Course, key: str | None = None) -> Quality | None:
         if points.values:
             images = course.last("knn_queries") or 1000.0
             noise = max(0.01, 2 * math.sqrt(0.25 * 0.75 / max(images, 1.0)))
-            floor = points.values[0] if name == "knn_top1" and points.steps[0] == 0 else None
+            random = points.steps[0] == 0 and not course.facts.initialised
+            floor = points.values[0] if name == "knn_top1" and random else None
             return Quality(name, points.steps, points.values, noise, floor)
     return None
 

@@ -310,7 +310,7 @@ target_frozen = Rule(
 
 
 def _apart(facts: Facts) -> str | None:
-    if facts.target != "copy" or not facts.target_gap:
+    if facts.target != "copy" or not facts.target_gap or facts.initialised:  # that run's target was apart, too
         return None
     return f"before the first step the gap is {facts.target_gap:.3g} of the online network's length, where a copy has 0"
 

@@ -25,7 +25,7 @@ class Group:
 GROUPS = (
     Group(
         "Accuracy of features",
-        "Share of test images that kNN and a linear probe get right. Dotted: with a random network.",
+        "Share of test images that kNN and a linear probe get right. Dotted: before any training.",
         {"knn_top1": "kNN", "probe_top1": "probe", "probe_train_top1": "probe, training views"},
     ),
     Group(

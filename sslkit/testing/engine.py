@@ -150,7 +150,7 @@ def small_parts(bench: Bench, recipe: Recipe | None = None, processes: int = 1) 
     """
     with randomness.seeded(0, "small"):
         try:
-            return build(recipe or small_recipe(bench), CPU, lambda text: None, processes)
+            return build(recipe or small_recipe(bench), CPU, lambda text: None, processes=processes)
         except UserError as error:
             raise NotApplicable(f"does not go with the small recipe that is trained: {error}") from None
 
