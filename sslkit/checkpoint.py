@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,20 +40,30 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
-def save(folder: Path, step: int, parts: Mapping[str, Any], facts: Mapping[str, Any]) -> Path:
-    """Write the checkpoint of a step under `folder`; one that is already there stays.
+def save(
+    folder: Path,
+    step: int,
+    parts: Mapping[str, Any],
+    facts: Mapping[str, Any],
+    *,
+    instead: bool = False,
+    allowed: Callable[[], None] = lambda: None,
+) -> Path:
+    """Write the checkpoint of a step under `folder`; one that is already there stays, unless `instead`.
 
     Args:
         folder: the run's `checkpoints` folder.
         step: completed optimizer updates.
         parts: state dicts: nested dicts and lists of tensors and JSON values.
         facts: JSON values: recipe hash, provenance, offsets.
+        instead: take the place of the one that is there.
+        allowed: called before the checkpoint takes its name; if it raises, it does not.
 
     Raises:
         RunFailed: it could not be written (disk full, read-only); earlier checkpoints are untouched.
     """
     final = folder / f"step-{step:09d}"
-    if final.exists():
+    if final.exists() and not instead:
         return final
     staging = folder / f".tmp-{final.name}-{os.getpid()}"
     try:
@@ -71,13 +81,18 @@ def save(folder: Path, step: int, parts: Mapping[str, Any], facts: Mapping[str, 
         for path in staging.iterdir():
             _sync(path)
         _sync(staging)
+        allowed()
+        if instead:
+            final.rename(folder / f".was-{final.name}")
         staging.rename(final)
         _sync(folder)
     except BaseException as error:  # safetensors raises its own kinds, one of them below Exception
         shutil.rmtree(staging, ignore_errors=True)
+        _put_back(folder)
         if isinstance(error, KeyboardInterrupt | SystemExit | SslkitError):
             raise
         raise RunFailed(f"{final}: the checkpoint could not be written: {error}; earlier ones are untouched") from error
+    shutil.rmtree(folder / f".was-{final.name}", ignore_errors=True)
     return final
 
 
@@ -176,11 +191,22 @@ def best(folder: Path) -> Path | None:
 
 
 def clean(folder: Path) -> None:
-    """Remove what a killed process left half-written or half-deleted."""
+    """Remove what a killed process left half-written or half-deleted, and put back what it was about to replace."""
+    _put_back(folder)
     if folder.is_dir():
         for path in folder.iterdir():
             if path.name.startswith((".tmp-step-", ".old-step-")):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _put_back(folder: Path) -> None:
+    """What was to be replaced takes its name again, unless the new one has it."""
+    for path in folder.glob(".was-step-*"):
+        final = path.with_name(path.name.removeprefix(".was-"))
+        if final.exists():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.rename(final)
 
 
 def _split(state: Any, tensors: dict[str, Tensor], path: str) -> Any:

@@ -21,6 +21,10 @@ RESIDENT_SHARE = 0.25
 """A data set lives on the device if it takes no more than this share of the device's free memory."""
 
 
+PATIENCE = 0.5
+"""Seconds after which somebody who waits for data looks whether the run has to end."""
+
+
 @dataclass(frozen=True)
 class Draw:
     """What one optimizer step reads: images, and the views' parameters, on the device."""
@@ -66,6 +70,8 @@ class Feed:
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
         self.waited = 0.0
         """Seconds spent waiting for data so far."""
+        self.hurried: Callable[[], bool] = lambda: False
+        """Whether data that does not come is to be waited for no longer."""
 
     def _resident(self, tensor: Tensor | None) -> Tensor | None:
         if tensor is None or self.device.type == "cpu":
@@ -140,13 +146,26 @@ class Feed:
         thread = threading.Thread(target=read, name="sslkit-read-ahead", daemon=True)
         thread.start()
         try:
-            while (item := ready.get()) is not None:
+            while (item := self._waited_for(ready, ended)) is not None:
                 if isinstance(item, BaseException):
                     raise item
                 yield item
         finally:
+            gave_up = ended.is_set()
             ended.set()
-            thread.join()
+            thread.join(PATIENCE if gave_up else None)  # one that hangs ends with the process
+
+    def _waited_for(
+        self, ready: queue.Queue[Draw | BaseException | None], ended: threading.Event
+    ) -> Draw | BaseException | None:
+        """The next of the queue; None, with `ended` set, if it does not come and the run has to end."""
+        while True:
+            try:
+                return ready.get(timeout=PATIENCE)
+            except queue.Empty:
+                if self.hurried():
+                    ended.set()
+                    return None
 
 
 def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -12,7 +12,7 @@ from typing import Any
 from sslkit import registry
 from sslkit.errors import UserError, did_you_mean, printable
 from sslkit.rules import RANKS, Course, Facts, Finding, Rule, Seen, Severity, ordered
-from sslkit.run_directory import read_json, read_metrics, refuse_strays
+from sslkit.run_directory import died, read_json, read_metrics, refuse_strays
 
 EXIT_CODES: Mapping[Severity, int] = {"error": 2, "warning": 1, "info": 0}
 """What `sslkit check` and `sslkit doctor` end with, by the worst finding."""
@@ -314,4 +314,11 @@ def examine_run(run: Path) -> Examination:
         title += f", step {course.step} of {facts.total_steps}"
     status = course.status.get("status")
     notes = [f"{run}: {status}" if status else f"{run}"]
+    if died(course.status):
+        notes[0] += (
+            f", but process {course.status['pid']} is gone: it died without a word (killed, out of memory, a power "
+            "cut); the same command goes on from the newest checkpoint"
+        )
+    elif course.status.get("message"):
+        notes[0] += f" ({course.status['message']})"
     return examine(course, title, notes=notes, accepted=facts.accepted)

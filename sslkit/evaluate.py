@@ -38,11 +38,16 @@ def features(
     *,
     bf16: bool = False,
     channels_last: bool = True,
+    poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """float32 `[n, feature_dim]` on the device: `network(prepare(images[indices]))` in eval mode."""
+    """float32 `[n, feature_dim]` on the device: `network(prepare(images[indices]))` in eval mode.
+
+    `poll` is called between chunks; what it raises ends this early.
+    """
     found = []
     with in_eval_mode(network), torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         for part in indices.split(CHUNK):
+            poll()
             pictures = prepare(images.read(part).to(device))
             if channels_last:
                 pictures = pictures.contiguous(memory_format=torch.channels_last)
@@ -80,16 +85,18 @@ def view_projections(
     device: torch.device,
     *,
     channels_last: bool = True,
+    poll: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """float32 `[n, number, d]`: `online` projections of global views, the views of an image beside one another.
 
-    The network should be in eval mode; each image is drawn as often as its views need.
+    The network should be in eval mode; each image is drawn as often as its views need. `poll` as in `features`.
     """
     everything = range(len(views.specs))
     chosen = [v for v in everything if views.specs[v].kind == "global"] or list(everything)
     draws = -(-number // len(chosen))
     found = []
     for part in indices.split(max(1, CHUNK // draws)):
+        poll()
         pictures = images.read(part).to(device).repeat_interleave(draws, dim=0)
         parameters = {name: values.to(device) for name, values in views.draw(len(pictures), generator).items()}
         seen = views.appear(views.crop(pictures, parameters), parameters)

@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 hookspec = pluggy.HookspecMarker("sslkit")
 observes = pluggy.HookimplMarker("sslkit")
 """Marks a method of an observer as the implementation of the hook of its name."""
+MEASURING = ("run_started", "epoch_ended")
+"""Events in which observers measure. What they record is told when all are through, or not at all if a measurement is
+left early."""
 
 
 class Run(Protocol):
@@ -82,7 +85,8 @@ class Hooks:
 
     @hookspec
     def epoch_ended(self, run: Run) -> None:
-        """After the last step of an epoch."""
+        """After the last step of an epoch. What an observer records here is told to the others when all have measured;
+        a signal may end a measurement where it asks for features, and it is made anew when the run goes on."""
 
     @hookspec
     def recorded(self, run: Run, record: Mapping[str, float]) -> None:
@@ -105,7 +109,7 @@ class Bus:
         self.failed_in = ""
         """The event in which an observer raised, if one did."""
         self._held: list[tuple[str, dict[str, Any]]] | None = None
-        """Events that came while observers are being told that the run starts."""
+        """Events that came while observers measure."""
         if problems := [f"{self._called(name)}: {line}" for name, o in self.observers.items() for line in _misfits(o)]:
             raise UserError(*problems)
         self.manager = pluggy.PluginManager("sslkit")
@@ -123,7 +127,7 @@ class Bus:
         if self._held is not None:
             self._held.append((event, arguments))
             return
-        self._held = [] if event == "run_started" else None
+        self._held = [] if event in MEASURING else None
         try:
             self._call(event, arguments)
         finally:

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
-import signal
 import sys
-import traceback
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from rich.console import Console
 
-from sslkit import checkpoint, distributed, doctor, forking, initialise, launcher, local, registry, view_grid
+from sslkit import checkpoint, distributed, doctor, forking, initialise, launcher, view_grid
 from sslkit.attending import Attending
 from sslkit.build import Parts, choose_device, resolve_compile
 from sslkit.distributed import World
-from sslkit.errors import RunFailed, SslkitError, UserError
+from sslkit.environment import environment
+from sslkit.errors import RunFailed, SslkitError
+from sslkit.failing import Noted, reported
 from sslkit.preparation import prepare, tell_findings, view_pixels
 from sslkit.progress import Display, PatientConsole, say
 from sslkit.randomness import undisturbed
@@ -27,8 +27,8 @@ from sslkit.recipe import Recipe, read_recipe
 from sslkit.result import Result, Status
 from sslkit.resuming import chosen, going_on, newest_checkpoint, opened
 from sslkit.rules import Severity
-from sslkit.run_directory import LOCK_HEADER, RunDirectory, environment
-from sslkit.stopping import StopSignals
+from sslkit.run_directory import LOCK_HEADER, RunDirectory
+from sslkit.stopping import Stopped, StopSignals, die_with_parent
 from sslkit.summary import announce, device_name, summarise
 from sslkit.trainer import Trainer
 from sslkit.words import spoken
@@ -63,6 +63,8 @@ def train(
     Raises:
         UserError, RunFailed: as `run`.
     """
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        die_with_parent()  # torchrun's agent, which cannot end its workers when it is killed
     recipe = read_recipe(source, overrides)
     result = run(
         recipe, source, overrides, steps=steps, device=device, run_dir=run_dir, resume=resume, fork=fork,
@@ -102,31 +104,39 @@ def run(
         strict: Refuse what is otherwise only warned of before training.
         stop_on: End the run, with a checkpoint, at the first live finding as grave as this.
         console: Where to print.
-        should_stop: Asked before each step; True ends the run as Ctrl-C does, with a checkpoint.
+        should_stop: Asked before each step and within measurements; True ends the run as Ctrl-C does, with a
+            checkpoint.
 
     Raises:
         UserError: the recipe, the options or the machine do not allow it.
         RunFailed: the run began and could not go on.
     """
+    signals = StopSignals(should_stop)
     with distributed.joined(choose_device(device)) as (world, where), undisturbed(where):
+        if world.size > 1:
+            signals.share()
         if not world.is_first:
             console = Console(quiet=True)
         try:
             asked = forking.Asked(source, overrides, run_dir, fork)
             recipe, path = chosen(recipe, asked, resume, world)
-            with opened(path, world) as files:
+            with opened(path, world) as files, Noted(files, signals), signals:
+                if files.unlocked:
+                    say(console, f"warning: {path}: this file system has no locks ({files.unlocked}); if two processes "
+                                 "train here, the later one goes on and the earlier one ends")  # fmt: skip
                 settled = world.together(lambda: going_on(files, recipe, asked, console))
                 if settled is None:
                     return Result.of(files.path, "done")
-                with _reported(files, settled, world):
+                with reported(files, settled, world):
                     parts, known = world.together(lambda: prepare(
                         settled, source, overrides, where, partial(say, console), processes=world.size,
                         fork=fork is not None, resuming=bool(checkpoint.listed(files.checkpoints)),
                     ))  # fmt: skip
                     world.first(lambda: tell_findings(known, source, overrides, console, strict=strict))
                     attending = Attending(known, partial(say, console), stop_on)
-                    signals = StopSignals(should_stop)
                     return Result.of(files.path, _train(parts, files, attending, signals, steps, console, world))
+            say(console, f"{path}: {signals.status} before it trained; {spoken().again} takes it up")
+            return Result.of(path, signals.status)
         except SslkitError as error:
             if not isinstance(error, distributed.EndedElsewhere | distributed.PeerLost):
                 launcher.leave(error.exit_code)  # starting again would only meet it again
@@ -163,6 +173,9 @@ def _train(
     # The first process observes, for all of them.
     parts.observers = {**parts.observers, "progress": display, "doctor": attending} if world.is_first else {}
     trainer = Trainer(parts, files, display.say, lambda: signals.word() or int(attending.lost), world)
+    trainer.measurements.hurried = signals.asked
+    if world.size == 1:  # among several it would be waited for by the others
+        trainer.feed.hurried = signals.asked
     files.lasting["resumed_at"] = files.read_status().get("resumed_at", [])
     if found:
         files.lasting["resumed_at"] = [*files.lasting["resumed_at"], found.step]
@@ -171,7 +184,7 @@ def _train(
     announce(trainer, console)
     stop = min(steps or parts.run.total_steps, parts.run.total_steps)
     # At the very end there is nothing to train, but a run that died there still has to be called done.
-    if stop <= trainer.step < parts.run.total_steps:
+    if stop <= trainer.step < parts.run.total_steps and not trainer.measurements.owed:
         say(console, f"{files.path} is at step {trainer.step} already; {spoken().more_steps} goes on")
         return "stopped"
     return _fit(trainer, display, signals, attending, stop, console)
@@ -183,18 +196,30 @@ def _fit(
     files = trainer.files
     status: Status = "failed"
     reason: dict[str, Any] = {}
+    begun = trainer.step
+
+    def on_step() -> None:
+        signals.settle()
+        display.advance(trainer.step)
+
     files.status("running", step=trainer.step, of=trainer.info.total_steps)
     try:
-        # Only from here on: before, there is nothing to save, and Ctrl-C may end things at once.
-        with signals, display:
+        with display:
             display.advance(trainer.step)
-            asked = trainer.fit(stop, lambda: display.advance(trainer.step))
+            asked = trainer.fit(stop, on_step)
+        signals.hear(asked)
         status = "done" if trainer.step == trainer.info.total_steps else "stopped"
-        if asked and trainer.step < stop:
-            status = "preempted" if asked not in (1, signal.SIGINT) else "lost" if attending.lost else "interrupted"
+        if attending.lost and trainer.step < stop:
+            status, reason = "lost", {"reason": "stop_on"}
+        elif (asked or signals.asked()) and (trainer.step < stop or trainer.measurements.owed):
+            status, reason = signals.status, {"reason": signals.reason}
         status = trainer.world.first(lambda: status)
+        signals.saved()
+    except Stopped:
+        trainer.step = begun  # of what came after nothing is kept
+        status, reason = signals.status, {"reason": signals.reason}
     except KeyboardInterrupt:
-        status = "interrupted"  # a second Ctrl-C: the newest checkpoint is the earlier one
+        status, reason = "interrupted", {"reason": "SIGINT"}  # or a second one: the newest checkpoint counts
         raise
     except BaseException:
         if int(trainer.bad_step) >= 0:
@@ -224,28 +249,6 @@ def _fit(
     return status
 
 
-@contextmanager
-def _reported(files: RunDirectory, recipe: Recipe, world: World) -> Iterator[None]:
-    """Turn whatever goes wrong inside into lines; a traceback that may be wanted goes to a file."""
-    try:
-        with distributed.listening(world):
-            yield
-    except torch.OutOfMemoryError as error:
-        raise RunFailed(_memory_advice(recipe, error)) from error
-    except SslkitError as error:
-        if error.__cause__ is not None and not isinstance(error, UserError):
-            files.write("traceback.txt", traceback.format_exc())
-            *before, last = error.lines
-            raise type(error)(*before, f"{last} (the traceback is in {files.path / 'traceback.txt'})") from error
-        raise
-    except (Exception, SystemExit) as error:
-        files.write("traceback.txt", traceback.format_exc())
-        raise RunFailed(
-            f"{_culprit(error)} failed: {type(error).__name__}: {str(error).strip().partition(chr(10))[0]} "
-            f"(the traceback is in {files.path / 'traceback.txt'})"
-        ) from error
-
-
 def _end(trainer: Trainer, status: str) -> None:
     """Tell the observers, whose own trouble must not hide why a run failed."""
     try:
@@ -253,24 +256,3 @@ def _end(trainer: Trainer, status: str) -> None:
     except RunFailed:
         if status != "failed":
             raise
-
-
-# ---------------------------------------------------------------- errors
-
-
-def _culprit(error: BaseException) -> str:
-    """The component in whose code an error arose, as far as its traceback tells."""
-    modules = [f.f_globals.get("__name__", "") for f, _ in traceback.walk_tb(error.__traceback__)]
-    for module in reversed(modules):
-        if origin := registry.origin_of(module):
-            return origin if local.source_in(module) else f"{module.partition('.')[0]} ({origin})"
-    return "the run"
-
-
-def _memory_advice(recipe: Recipe, error: Exception) -> str:
-    train = recipe.train
-    return (
-        f"out of memory with train.batch_size = {train.batch_size}, accumulate = "
-        f"{train.accumulate}, precision = {train.precision!r}: {str(error).partition('. ')[0]}. Make the batch "
-        "smaller, or train.accumulate larger"
-    )

@@ -19,7 +19,13 @@ QUIET_SECONDS = 10.0
 
 
 class PatientConsole(Console):
-    """A console whose reader may go away, as `| head` does, without ending the run."""
+    """A console whose reader may go away, as `| head` does or a closed terminal, without ending the run."""
+
+    def __exit__(self, *found: Any) -> None:
+        try:
+            super().__exit__(*found)
+        except OSError:  # a terminal that was closed is no broken pipe; nor must a full disk below `> log` end a run
+            self.on_broken_pipe()
 
     def on_broken_pipe(self) -> None:
         self.quiet = True

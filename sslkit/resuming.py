@@ -59,13 +59,16 @@ def _directory(name: str, chosen: str | None, resume: str) -> Path:
 @contextmanager
 def opened(path: Path, world: World) -> Iterator[RunDirectory]:
     """The directory, held while the block runs; if nothing came of it, no trace is left."""
-    files: RunDirectory = world.together(lambda: RunDirectory(path) if world.is_first else OtherProcess(path))
+    files: RunDirectory = world.together(
+        lambda: RunDirectory(path) if world.is_first else OtherProcess(path, world.rank)
+    )
     try:
         yield files
     finally:
         files.close()
         if world.is_first and not files.has_run:
-            (path / ".lock").unlink(missing_ok=True)
+            for name in (".lock", ".attempt"):
+                (path / name).unlink(missing_ok=True)
             if not any(path.iterdir()):
                 path.rmdir()
 

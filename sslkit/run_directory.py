@@ -6,15 +6,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-import platform
+import secrets
+import socket
 import stat
-import subprocess
-import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,15 @@ WRITTEN = ("checkpoints", "tensorboard", local.FOLDER)
 class RunDirectory:
     """Opens a directory for writing, and holds it until `close`.
 
+    The first write takes a new attempt number, which every later one looks for: a process that outlived its launcher,
+    or one on a host that the lock does not reach, then sees that another has taken over, and writes no more.
+
     Raises:
         UserError: it cannot be written, something in it leads out of it, or another process writes to it.
     """
+
+    whose = ("status", "time", "attempt", "host", "pid")
+    """The keys of `status.json` that every `status` sets anew."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -51,15 +57,52 @@ class RunDirectory:
             ) from None
         # The operating system lets go of the lock if the process dies, so a crash leaves nothing to clean up.
         self._lock = FileLock(path / ".lock")
+        self.unlocked = ""
+        """Why this file system cannot tell other processes that this one trains here; empty if it can."""
         try:
-            self._lock.acquire(timeout=0)
+            self.unlocked = cannot_lock(path / ".lock")
+            if not self.unlocked:
+                self._lock.acquire(timeout=0)
         except Timeout:
             raise UserError(
-                f"{path}: another process is training in this directory; choose another {words.spoken().run_dir}"
+                f"{path}: another process is training in this directory{self._holder()}; choose another "
+                f"{words.spoken().run_dir}"
             ) from None
+        except OSError as error:
+            raise UserError(f"{path / '.lock'}: cannot be locked: {error.strerror or error}") from None
         self._metrics: Any = None
+        self._attempt: dict[str, Any] = {}
+        """What this process wrote into `.attempt`; empty before its first write."""
+        self.told = ""
+        """What this process said last in `status.json`."""
         self.lasting: dict[str, Any] = {}
         """Facts that every `status` of this process repeats."""
+
+    def _holder(self) -> str:
+        found = read_json(self.path / ".attempt")
+        return f" (process {found['pid']} on {found['host']})" if {"pid", "host"} <= found.keys() else ""
+
+    def claim(self) -> None:
+        """Take a new attempt number, or make sure that nobody has taken one since.
+
+        Raises:
+            RunFailed: another process has taken over, or the directory is gone.
+        """
+        path = self.path / ".attempt"
+        found = read_json(path)
+        if not self._attempt:
+            self._attempt = {
+                "attempt": int(found.get("attempt") or 0) + 1, "host": socket.gethostname(), "pid": os.getpid(),
+                "token": secrets.token_hex(8),
+            }  # fmt: skip
+            self._put(path, json.dumps(self._attempt) + "\n")
+        elif not found:
+            raise RunFailed(f"{self.path}: was removed or emptied while this process trained in it; it writes no more")
+        elif found != self._attempt:
+            raise RunFailed(
+                f"{self.path}: attempt {found.get('attempt')} of this run (process {found.get('pid')} on "
+                f"{found.get('host')}) has taken over; this is attempt {self._attempt['attempt']}, and writes no more"
+            )
 
     @property
     def checkpoints(self) -> Path:
@@ -82,7 +125,19 @@ class RunDirectory:
         Raises:
             RunFailed: the disk is full, or the directory is gone.
         """
-        path = self.path / name
+        self.claim()
+        self._put(self.path / name, text)
+
+    def keep_traceback(self, text: str) -> Path:
+        """Keep what only whoever mends the code wants to see, and say where.
+
+        Raises:
+            RunFailed: as `write`.
+        """
+        self.write("traceback.txt", text)
+        return self.path / "traceback.txt"
+
+    def _put(self, path: Path, text: str | bytes) -> None:
         try:
             if path.parent != self.path:
                 path.parent.mkdir(exist_ok=True)
@@ -106,10 +161,26 @@ class RunDirectory:
         }
 
     def status(self, state: str, **facts: Any) -> None:
-        """`status.json`: running, preempted, interrupted, stopped, lost, failed or done, with the step."""
+        """`status.json`: running, preempted, interrupted, stopped, lost, failed or done, with the step.
+
+        docs/reference/run-directory.md promises its keys to those who read it.
+        """
+        self.claim()
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        told = {"status": state, "time": now, "pid": os.getpid(), **self.lasting, **facts}
-        self.write("status.json", json.dumps(told, indent=1) + "\n")
+        who = {key: self._attempt[key] for key in ("attempt", "host", "pid")}
+        self.write(
+            "status.json", json.dumps({"status": state, "time": now, **who, **self.lasting, **facts}, indent=1) + "\n"
+        )
+        self.told = state
+
+    def ended_early(self, state: str, **facts: Any) -> None:
+        """Say of a run that ended before it trained how it did; step and length stay what they were."""
+        if self.told in ("", "running"):
+            before = self.read_status()
+            if before.get("status") == "done":
+                return
+            known = {"step": 0} | {key: before[key] for key in ("resumed_at", "step", "of") if key in before}
+            self.status(state, **{**known, **facts})
 
     def read_status(self) -> dict[str, Any]:
         """`status.json`, empty where there is none."""
@@ -119,6 +190,7 @@ class RunDirectory:
 
     def open_metrics(self, offset: int) -> None:
         """Open `metrics.jsonl` for appending, after cutting it to the offset that a checkpoint remembers."""
+        self.claim()
         path = self.path / "metrics.jsonl"
         try:
             self._metrics = path.open("ab", buffering=0)  # a record is one write
@@ -130,10 +202,17 @@ class RunDirectory:
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one line, in one write."""
+        self.claim()
         try:
             self._metrics.write((json.dumps(values) + "\n").encode())
         except OSError as error:
             raise RunFailed(f"{self.path / 'metrics.jsonl'}: cannot be written: {error.strerror or error}") from error
+
+    def forget(self, offset: int) -> None:
+        """Cut the records that came after an offset, which will be measured again."""
+        self.claim()
+        self._metrics.truncate(offset)
+        self._metrics.seek(0, os.SEEK_END)
 
     @property
     def metrics_offset(self) -> int:
@@ -156,12 +235,36 @@ class RunDirectory:
 class OtherProcess(RunDirectory):
     """The directory as every process but the first has it: one to read, in which nothing is written or held."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.lasting = {}
+    def __init__(self, path: Path, rank: int) -> None:
+        self.path, self.rank = path, rank
+        self.lasting, self.unlocked, self.told = {}, "", ""
 
     def write(self, name: str, text: str | bytes) -> None:
         """Nothing: the first process writes."""
+
+    def keep_traceback(self, text: str) -> Path:
+        """The one thing that is written: what went wrong here may have gone wrong nowhere else."""
+        path = self.path / f"traceback-{self.rank}.txt"
+        with contextlib.suppress(OSError):
+            path.write_text(text, encoding="utf-8")
+        return path
+
+    def claim(self) -> None:
+        """Nothing is claimed."""
+
+    def status(self, state: str, **facts: Any) -> None:
+        """Nothing is said."""
+
+    def ended_early(self, state: str, **facts: Any) -> None:
+        """Nothing is said."""
+
+    def forget(self, offset: int) -> None:
+        """Nothing was recorded."""
+
+    @property
+    def metrics_offset(self) -> int:
+        """Nothing was recorded."""
+        return 0
 
     def keep_local(self, classes: Iterable[type]) -> dict[str, str]:
         """Nothing is kept."""
@@ -203,6 +306,37 @@ def refuse_strays(run: Path, *written: str) -> None:
                 raise UserError(f"{entry}: is neither a file nor a folder; remove it")
 
 
+def cannot_lock(path: Path) -> str:
+    """Why the file system of a file has no locks, as some network file systems do not; empty if it has."""
+    try:
+        import fcntl
+    except ImportError:  # Windows, where all have
+        return ""
+    with path.open("ab") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            held = error.errno in (errno.EAGAIN, errno.EWOULDBLOCK, errno.EACCES)
+            return "" if held else error.strerror or str(error)
+    return ""
+
+
+def died(status: Mapping[str, Any]) -> bool:
+    """True if the process that `status.json` calls running is of this machine and is gone."""
+    pid = status.get("pid")
+    if status.get("status") != "running" or status.get("host") != socket.gethostname() or not isinstance(pid, int):
+        return False
+    if os.name == "nt":  # where asking would end it
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except (OSError, OverflowError):
+        return False
+    return False
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The table that a JSON file holds; empty where there is none."""
     try:
@@ -221,61 +355,3 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         except (ValueError, RecursionError):
             break
     return records
-
-
-def environment(
-    command: Sequence[str], provenance: list[dict[str, str]], device: str, processes: int, fingerprint: str
-) -> dict[str, Any]:
-    """What `env.json` holds: versions, machine, plugins, data, the commit of the working directory."""
-    packages = ("sslkit", "torch", "torchvision", "timm", "numpy", "pydantic", "safetensors")
-    return {
-        "command": list(command),
-        "python": sys.version.split()[0],
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cpus": os.cpu_count(),
-        "device": device,
-        "processes": processes,
-        "packages": {name: found for name in packages if (found := _version(name))},
-        "plugins": provenance,
-        "data_fingerprint": fingerprint,
-        "git": _git(),
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor()
-
-
-# The working directory may be a stranger's, and git runs what the configuration in it names.
-_HARMLESS = ("--no-optional-locks", "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}")
-
-
-def _git() -> dict[str, Any] | None:
-    def ask(*arguments: str) -> str:
-        command = ["git", *_HARMLESS, *arguments]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=True, timeout=5, stdin=subprocess.DEVNULL
-        ).stdout.strip()
-
-    try:
-        commit, known = ask("rev-parse", "HEAD"), ask("config", "--local", "--includes", "--name-only", "--list")
-        if any(key.startswith("filter.") for key in known.splitlines()):  # programs that looking for changes would run
-            return {"commit": commit, "changed": None}
-        changed = bool(ask("status", "--porcelain", "-uno", "--ignore-submodules=dirty"))
-        return {"commit": commit, "changed": changed}
-    except (OSError, subprocess.SubprocessError):
-        return None

@@ -56,9 +56,9 @@ def train(
     """Train a recipe, or go on where an earlier call or command stopped: what `sslkit train` does.
 
     Interrupting (Ctrl-C, or a notebook's stop button) ends the run after the step it is in, with a checkpoint, and
-    returns a result with the status `interrupted`; the same call goes on from there. SIGTERM and SIGUSR1 do the same
-    with the status `preempted`. Outside the main thread, where Python handles no signals, `should_stop` ends a run.
-    Interrupted twice, or before the first step, it raises KeyboardInterrupt.
+    returns a result with the status `interrupted`; the same call goes on from there. SIGTERM, SIGUSR1 and SIGHUP do the
+    same with the status `preempted`. Outside the main thread, where Python handles no signals, `should_stop` ends a
+    run. Interrupted twice, or before the first step, it raises KeyboardInterrupt.
 
     Calls do not depend on one another, nor on random numbers that were drawn before; torch's generators and flags
     are afterwards as they were.
@@ -73,7 +73,7 @@ def train(
             call goes on with the fork.
         strict: Refuse what is otherwise only warned of before training.
         stop_on: End the run, with a checkpoint and the status `lost`, at the first finding as grave as this.
-        should_stop: Asked before each step; True ends the run as an interrupt does.
+        should_stop: Asked before each step and within measurements; True ends the run as an interrupt does.
         quiet: Print nothing.
         allow_local_code: As `load_recipe` takes it, where `recipe` is not a `Recipe` already.
 

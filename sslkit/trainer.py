@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslkit import checkpoint, distributed, evaluate, nonfinite, randomness, state
+from sslkit import checkpoint, distributed, nonfinite, randomness, state
 from sslkit.batch import Branches, LossTerms, joined, mean_of
 from sslkit.batch_norm import running_statistics
 from sslkit.build import Parts
@@ -21,6 +21,7 @@ from sslkit.data import Draw, Feed
 from sslkit.distributed import World
 from sslkit.errors import RunFailed, SslkitError
 from sslkit.events import Bus
+from sslkit.measuring import Measurements
 from sslkit.nn import ScheduledNumber
 from sslkit.objective import Objective
 from sslkit.panel import joined_norms
@@ -80,7 +81,7 @@ class Trainer:
         self._amid_step = False
         self._digest = 0.0
         """Of the state at the newest step that every process saves after, to compare."""
-        self._features: evaluate.FeatureCache | None = None
+        self.measurements = Measurements(parts, directory)
         self._clock = (time.perf_counter(), 0, 0.0)
         if self.recipe.train.compile:
             self._compile()
@@ -240,7 +241,10 @@ class Trainer:
 
     def _go_on(self, stop: int, on_step: Callable[[], None]) -> int:
         train, info = self.recipe.train, self.info
-        self._measure("run_started")
+        self.measurements.make("run_started", self.bus, self)
+        if self.measurements.owed:  # the process before this one left them, to end in time
+            self._end_epoch()
+            self.save(instead=not self.measurements.owed)
         self._clock = (time.perf_counter(), self.step, self.feed.waited)
         with contextlib.closing(self.feed.steps(self.step, stop)) as draws:
             while not (asked := self._listen()) and (draw := next(draws, None)) is not None:
@@ -259,22 +263,18 @@ class Trainer:
         return asked
 
     def _end_epoch(self) -> bool:
-        """Let the observers measure; a signal waits for them. True if kNN is the best so far."""
+        """Let the observers measure. True if kNN is the best so far."""
         self.check_finite()  # what is not finite must not be measured
-        self._measure("epoch_ended")
+        before = self.knn
+        try:
+            self.measurements.make("epoch_ended", self.bus, self)
+        finally:
+            self.knn = before if self.measurements.owed else self.knn
         self._clock = (time.perf_counter(), self.step, self.feed.waited)
         if self.knn is None or self.knn[0] != self.step or (self.best_knn is not None and self.knn[1] <= self.best_knn):
             return False
         self.best_knn = self.knn[1]
         return True
-
-    def _measure(self, event: str) -> None:
-        """Emit an event in which observers share the features that they ask for."""
-        self._features = evaluate.FeatureCache()
-        try:
-            self.bus.emit(event, run=self)
-        finally:
-            self._features = None
 
     def _log(self) -> None:
         self.check_finite()
@@ -310,8 +310,8 @@ class Trainer:
                 self.anomaly = min(found, key=nonfinite.order)  # of the process where it began
             raise nonfinite.failure(self, self.anomaly)
 
-    def save(self) -> None:
-        """Write a checkpoint of everything that affects the next loss."""
+    def save(self, instead: bool = False) -> None:
+        """Write a checkpoint of everything that affects the next loss; `instead` of the one of this step."""
         self.check_finite()
         nonfinite.check_weights(self)
         if not self.world.is_first:
@@ -326,12 +326,16 @@ class Trainer:
             "knn_top1": self.knn[1] if self.knn and self.knn[0] == self.step else None,
             "best_knn": self.best_knn,
             "target_updates": int(self.target_updates),
+            "measurements_owed": self.measurements.owed,
             "plugins": self.recipe.provenance(),
             "run": asdict(self.info),
             "evaluated": self.parts.target.evaluated,
             "initialised": self.parts.initialised,
         }
-        path = checkpoint.save(self.files.checkpoints, self.step, state.taken(self.parts, self.bus), facts)
+        path = checkpoint.save(
+            self.files.checkpoints, self.step, state.taken(self.parts, self.bus), facts, instead=instead,
+            allowed=self.files.claim,
+        )  # fmt: skip
         self.files.status("running", step=self.step, of=self.info.total_steps)
         checkpoint.prune(self.files.checkpoints, self.recipe.train.keep_checkpoints)
         self.bus.emit("checkpoint_saved", run=self, path=path)
@@ -345,6 +349,7 @@ class Trainer:
         state.put_back(self.parts, self.bus, found)
         self.step = found.step
         self.best_knn = found.facts.get("best_knn")
+        self.measurements.owed = found.facts.get("measurements_owed", False)
         self.target_updates.fill_(found.facts.get("target_updates", found.step))
 
     # ------------------------------------------------------------ what observers see
@@ -367,25 +372,12 @@ class Trainer:
 
     def features(self, split: str, indices: Tensor, branch: str = "evaluated") -> Tensor:
         """See `sslkit.events.Run.features`."""
-        images = self.data.train if split == "train" else self.data.test
-        if images is None:
-            raise RunFailed("this data source has no test images to measure on")
         network = self.encoder if branch == "evaluated" else self.model.online.backbone
-        cache = self._features or evaluate.FeatureCache()
-        name = "online" if network is self.model.online.backbone else "target"
-        return cache.get((name, split), indices, lambda missing: evaluate.features(
-            network, images, missing, self.views.clean, self.device,
-            bf16=self.recipe.train.precision == "bf16", channels_last=self.recipe.train.channels_last,
-        ))  # fmt: skip
+        return self.measurements.features(network, split, indices)
 
     def view_projections(self, indices: Tensor, views: int, generator: torch.Generator) -> Tensor:
         """See `sslkit.events.Run.view_projections`."""
-        online = self.model.online
-        with evaluate.in_eval_mode(online), self._precision():
-            return evaluate.view_projections(
-                lambda pixels: online.forward(pixels), self.data.train, indices, self.views, views, generator,
-                self.device, channels_last=self.recipe.train.channels_last,
-            )  # fmt: skip
+        return self.measurements.view_projections(indices, views, generator)
 
     def record(self, values: Mapping[str, float | Tensor]) -> None:
         """See `sslkit.events.Run.record`; tensors are read from the device here, all at once."""

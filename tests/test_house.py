@@ -18,7 +18,7 @@ from sslkit.api import KIND_CLASSES, Component
 from sslkit.recipe import Recipe, Train
 
 FLOORS: list[set[str]] = [
-    {"errors", "files", "randomness", "positions", "batch", "rules", "stopping", "words", "launcher"},
+    {"errors", "files", "randomness", "positions", "batch", "rules", "stopping", "words", "launcher", "environment"},
     {"installed", "local", "registry", "contracts"},
     {"api", "starting_point"},
     {"complaints", "sources", "nn", "batch_norm", "page", "charts", "view_words"},
@@ -46,7 +46,7 @@ FLOORS: list[set[str]] = [
     },
     {"bf16"},
     {"build", "progress", "diff"},
-    {"objective", "state"},
+    {"objective", "state", "measuring", "failing"},
     {"trainer", "nonfinite", "facts", "loss_facts", "view_grid"},
     {"summary", "preparation", "forking"},
     {"resuming"},

@@ -18,6 +18,7 @@ from test_python_api import mine
 import sslkit
 from sslkit.api import Head
 from sslkit.cli import main
+from sslkit.trainer import Trainer
 from sslkit.words import COMMAND, PYTHON
 from sslkit_ema import StopGradient
 
@@ -82,11 +83,26 @@ def test_the_command_line_goes_on_with_a_run_of_python(tiny: Path) -> None:
     assert sslkit.train(tiny, quiet=True).status == "done"
 
 
-def test_an_interrupt_leaves_a_checkpoint_and_the_same_call_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
-    result = sslkit.train(mine(), should_stop=after(4, lambda: signal.raise_signal(signal.SIGINT)))
+def test_an_interrupt_leaves_a_checkpoint_and_the_same_call_goes_on(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    step = Trainer.train_step
+
+    def counted(trainer: Trainer, draw: Any) -> Any:
+        made.append(trainer.step)
+        return step(trainer, draw)
+
+    monkeypatch.setattr(Trainer, "train_step", counted)
+
+    def after_five(number: signal.Signals) -> Any:
+        made.clear()
+        return lambda: bool(len(made) == 5 and signal.raise_signal(number))
+
+    result = sslkit.train(mine(), should_stop=after_five(signal.SIGINT))
     assert (result.status, result.step) == ("interrupted", 5)
     assert "the same call goes on from there" in capsys.readouterr().out
-    terminated = sslkit.train(mine(), should_stop=after(4, lambda: signal.raise_signal(signal.SIGTERM)), quiet=True)
+    terminated = sslkit.train(mine(), should_stop=after_five(signal.SIGTERM), quiet=True)
     assert (terminated.status, terminated.step) == ("preempted", 10)
     assert sslkit.train(mine(), quiet=True).status == "done"
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -131,7 +147,7 @@ def test_what_the_process_had_set_is_as_it_was(monkeypatch: pytest.MonkeyPatch) 
 
     def change() -> bool:
         torch.backends.cudnn.allow_tf32 = False  # as a run in fp32 on a GPU does
-        return True
+        return False
 
     sslkit.train(mine(), steps=3, should_stop=after(1, change), quiet=True)
     assert torch.backends.cudnn.allow_tf32 is True

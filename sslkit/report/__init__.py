@@ -18,7 +18,7 @@ from sslkit.errors import UserError, did_you_mean, printable
 from sslkit.page import asset, document, page_path, save
 from sslkit.report import curves
 from sslkit.report.features import features, missing, views
-from sslkit.run_directory import read_json, refuse_strays
+from sslkit.run_directory import died, read_json, refuse_strays
 
 if TYPE_CHECKING:
     from sslkit.doctor import Examination
@@ -114,7 +114,8 @@ def _every(seconds: float) -> int:
 
 
 def _running(directory: Path) -> bool:
-    return read_json(directory / "status.json").get("status") == "running"
+    status = read_json(directory / "status.json")
+    return status.get("status") == "running" and not died(status)
 
 
 def _changed(directory: Path) -> list[tuple[int, int]]:
@@ -139,7 +140,10 @@ def _examined(run_dir: Path) -> Examination | str:
 
 
 def _header(run: Run, name: str, facts: Mapping[str, Any], reload: int | None) -> list[str]:
-    status, total = run.status.get("status"), run.status.get("of") or facts.get("total_steps")
+    status, total = (
+        "died without a word" if died(run.status) else run.status.get("status"),
+        run.status.get("of") or facts.get("total_steps"),
+    )
     reached = max([record["step"] for record in run.records], default=0)
     reached = max(reached, run.status["step"]) if isinstance(run.status.get("step"), int) else reached
     words = [run.name] if run.name != name else []
