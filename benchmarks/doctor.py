@@ -34,11 +34,12 @@ from doctor_cases import FAULTS, HEALTHY, NOT_IN_THE_CATALOGUE, Case
 
 from sslkit import doctor
 from sslkit.build import build
+from sslkit.environment import environment
 from sslkit.errors import RunFailed
 from sslkit.facts import gather
 from sslkit.recipe import read_recipe
 from sslkit.rules import RANKS, Course, Finding
-from sslkit.run_directory import RunDirectory, environment
+from sslkit.run_directory import RunDirectory
 from sslkit.trainer import Trainer
 
 HERE = Path(__file__).parent

@@ -69,6 +69,7 @@ NOT_RUN = {
     ("docs/how-to/log-elsewhere.md", "wandb sync runs/byol_cifar10/wandb/offline-run-*"),
     ("docs/how-to/log-elsewhere.md", "pip install 'sslkit[mlflow]'"),
     ("docs/how-to/own-images.md", "photos/"),
+    ("docs/how-to/run-on-slurm.md", "sbatch train.sbatch"),
     ("docs/how-to/swap-a-part.md", "$ sslkit train byol_cifar10 --set target_updater.use=stop_gradient"),
     ("docs/how-to/train-on-cifar10.md", "tensorboard --logdir runs"),
     ("docs/tutorial/first-run.md", "source .venv/bin/activate"),

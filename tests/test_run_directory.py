@@ -14,8 +14,9 @@ import pytest
 from filelock import FileLock
 
 from sslkit import checkpoint, run_directory
+from sslkit.environment import environment
 from sslkit.errors import RunFailed, UserError
-from sslkit.run_directory import RunDirectory, died, environment, read_metrics
+from sslkit.run_directory import RunDirectory, died, read_metrics
 
 
 def test_records_are_lines_and_are_cut_to_an_offset(tmp_path: Path) -> None:

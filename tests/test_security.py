@@ -35,10 +35,11 @@ from sslkit.api import DataInfo
 from sslkit.cli import main
 from sslkit.compare import compare
 from sslkit.encoder import load_encoder
+from sslkit.environment import environment
 from sslkit.errors import SslkitError, UserError, printable
 from sslkit.files import in_one_piece
 from sslkit.recipe import parse_recipe
-from sslkit.run_directory import RunDirectory, environment
+from sslkit.run_directory import RunDirectory
 from sslkit_datasets import CIFAR10, cifar10
 from sslkit_datasets.decode import BadImageError, decode
 from sslkit_watch import MLflow, WandB
