@@ -9,7 +9,8 @@ import pytest
 import torch
 from test_testing import OURS, component
 
-from sslkit.distributed import World
+from sslkit.distributed import World, joined
+from sslkit.errors import UserError
 from sslkit.testing import run_info
 from sslkit.testing.processes import run_together, state_of, train_together, trained
 
@@ -90,4 +91,104 @@ def test_two_processes_against_lightlys_in_two_processes(tmp_path: Path) -> None
     script = tmp_path / "lightly_losses.py"
     script.write_text(LIGHTLY, encoding="utf-8")
     ended = run_together([sys.executable, "-W", "ignore", str(script)], 2)
+    assert [code for _, code in ended] == [0, 0], ended
+
+
+SPLIT = """
+import torch
+from torch import nn
+from sslkit.batch_norm import running_statistics, split_batch_norm
+from sslkit.distributed import joined
+
+def network():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 5),
+                         nn.BatchNorm1d(5)).double().train()
+
+images = torch.randn(3, 12, 3, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+alone, shared = network(), network()
+split_batch_norm(alone, 2, "it")
+with joined(torch.device("cpu")) as (world, _):
+    for batch in images:
+        expected, found = alone(batch), shared(world.share(batch))
+        torch.testing.assert_close(found, world.share(expected))
+        world.average(running_statistics(shared))
+assert len(running_statistics(shared)) == 4
+for one, other in zip(running_statistics(alone), running_statistics(shared)):
+    assert not torch.equal(one, torch.zeros_like(one)) and not torch.equal(one, torch.ones_like(one))
+    torch.testing.assert_close(one, other)
+"""
+
+
+def test_batch_norm_in_two_processes_is_that_of_two_groups_in_one(tmp_path: Path) -> None:
+    script = tmp_path / "split.py"
+    script.write_text(SPLIT, encoding="utf-8")
+    ended = run_together([sys.executable, str(script)], 2)
+    assert [code for _, code in ended] == [0, 0], ended
+
+
+def test_processes_without_torchrun_are_one() -> None:
+    with joined(torch.device("cpu")) as (world, device):
+        rows = torch.arange(6).view(3, 2)
+        assert (world.size, world.is_first, device.type) == (1, True, "cpu")
+        assert world.share(rows) is rows
+        assert world.first(lambda: 7) == 7
+        assert world.together(lambda: 8) == 8
+        assert world.together(lambda: 9, all_of_them=True) == [9]
+        assert world.words(3) == 3
+        with pytest.raises(UserError, match="mine"):
+            world.first(lambda: (_ for _ in ()).throw(UserError("mine")))
+
+
+TOGETHER = """
+import os, sys
+import torch
+from sslkit.distributed import EndedElsewhere, PeerLost, joined, tells
+from sslkit.errors import RunFailed, UserError
+
+def fail(line):
+    raise UserError(line)
+
+with joined(torch.device("cpu")) as (world, _):
+    assert world.first(lambda: f"of {world.rank}") == "of 0"
+    assert world.together(lambda: world.rank) == world.rank
+    assert world.together(lambda: 10 + world.rank, all_of_them=True) == [10, 11]
+    for who in (0, 1):
+        try:
+            world.together(lambda: fail("no") if world.rank == who else 1)
+            raise SystemExit("nobody failed")
+        except UserError as error:
+            assert world.rank == who and error.lines == ("no",)
+        except EndedElsewhere as error:
+            assert world.rank != who and error.lines == () and not tells(error, world)
+    try:
+        world.together(lambda: fail(f"both, {world.rank}"))
+    except UserError as error:
+        assert world.rank == 0
+    except EndedElsewhere:
+        assert world.rank == 1
+    assert world.words(world.rank * 15) == 15
+    assert world.words(0, 1.5) == 0
+    try:
+        world.words(0, 1.5 + world.rank)
+        raise SystemExit("the same digest")
+    except RunFailed as error:
+        assert "1.5, 2.5" in error.lines[0]
+    told = world.together(lambda: tells(RunFailed("x"), world), all_of_them=True)
+    assert sorted(told) == [False, True]
+    if world.rank == 1:
+        os._exit(0)
+    try:
+        world.words(0)
+        raise SystemExit("nobody was lost")
+    except PeerLost as error:
+        assert error.lines[0].startswith("process 0 of 2: another process has ended")
+        os._exit(0)
+"""
+
+
+def test_what_two_processes_say_to_each_other(tmp_path: Path) -> None:
+    script = tmp_path / "together.py"
+    script.write_text(TOGETHER, encoding="utf-8")
+    ended = run_together([sys.executable, str(script)], 2)
     assert [code for _, code in ended] == [0, 0], ended
