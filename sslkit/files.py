@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,8 @@ def in_one_piece(path: Path) -> Iterator[Path]:
         if staging.is_symlink():  # left in a stranger's folder, it would be written through
             staging.unlink()
         yield staging
+        with staging.open("rb+") as file:
+            os.fsync(file.fileno())  # or a power cut may leave the name with nothing in it
         staging.replace(path)
     except BaseException:
         with contextlib.suppress(OSError):

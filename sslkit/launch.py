@@ -166,7 +166,9 @@ def _train(
     ran = environment(sys.argv, recipe.provenance(), device_name(device), world.size, parts.data.fingerprint)
     files.write("env.json", json.dumps(ran | {"initialised": parts.initialised}, indent=1) + "\n")
     files.write("bad_samples.jsonl", "".join(json.dumps(dict(bad)) + "\n" for bad in parts.data.bad))
-    files.open_metrics(int(found.facts["metrics_offset"]) if found else 0)
+    if lost := files.open_metrics(int(found.facts["metrics_offset"]) if found else 0):
+        say(console, f"warning: {files.path / 'metrics.jsonl'}: {lost} bytes of records are gone that were there when "
+            "the checkpoint was written")  # fmt: skip
 
     first = attending.course.facts.first_network
     display = Display(console, parts.run.total_steps, parts.run.steps_per_epoch, first)
@@ -182,6 +184,9 @@ def _train(
         trainer.restore(found)
         say(console, f"going on from step {found.step} ({found.path})")
     announce(trainer, console)
+    states = (trainer.model.state_dict(), trainer.loss.state_dict())
+    if short := checkpoint.shortage(files.path, states, trainer.trained, recipe.train.keep_checkpoints):
+        say(console, f"warning: {short}")
     stop = min(steps or parts.run.total_steps, parts.run.total_steps)
     # At the very end there is nothing to train, but a run that died there still has to be called done.
     if stop <= trainer.step < parts.run.total_steps and not trainer.measurements.owed:
@@ -227,8 +232,7 @@ def _fit(
         reason |= trainer.anomaly.status() if trainer.anomaly else {}
         raise
     finally:
-        files.status(status, **{"of": trainer.info.total_steps, "step": trainer.step, **reason})
-        _end(trainer, status)
+        _end(trainer, status, **{"of": trainer.info.total_steps, "step": trainer.step, **reason})
         if trainer.recipe.train.compile:
             torch.compiler.reset()  # or the ninth run of a process would meet torch's limit of recompilations
     if not trainer.world.is_first:
@@ -249,10 +253,14 @@ def _fit(
     return status
 
 
-def _end(trainer: Trainer, status: str) -> None:
-    """Tell the observers, whose own trouble must not hide why a run failed."""
-    try:
-        trainer.bus.emit("run_ended", run=trainer, status=status)
-    except RunFailed:
-        if status != "failed":
-            raise
+def _end(trainer: Trainer, status: str, **facts: Any) -> None:
+    """Write the status and tell the observers; trouble with either must not hide why a run failed."""
+    for tell in (
+        partial(trainer.files.status, status, **facts),
+        partial(trainer.bus.emit, "run_ended", run=trainer, status=status),
+    ):
+        try:
+            tell()
+        except RunFailed:
+            if status != "failed":
+                raise

@@ -130,6 +130,8 @@ class Train(BaseModel):
     """Optimizer steps between checkpoints; the end of the run always writes one."""
     keep_checkpoints: Annotated[PositiveInt, Incidental] = 3
     """How many of the newest checkpoints to keep, besides the one with the best kNN."""
+    keep_every: Annotated[PositiveInt | None, Incidental] = None
+    """Optimizer steps: the first checkpoint at or after each multiple of it is kept for good, too."""
     accept: Annotated[tuple[str, ...], Incidental] = ()
     """Findings, by id, that this recipe means: `train` neither stops for them nor warns of them. `check` and `doctor`
     tell an accepted warning as a note; an accepted error stays one, since the run is still not to be trusted."""
@@ -152,6 +154,11 @@ class Train(BaseModel):
                 {"option": "batch_norm", "images": images, "groups": groups},
             )
         return self
+
+    @property
+    def retention(self) -> tuple[int, int | None]:
+        """How many of the newest checkpoints are kept, and every how many steps one is kept for good."""
+        return self.keep_checkpoints, self.keep_every
 
     @property
     def batch_norm_groups(self) -> int:

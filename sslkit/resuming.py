@@ -10,6 +10,7 @@ from rich.console import Console
 
 from sslkit import checkpoint, forking, local
 from sslkit.build import Parts
+from sslkit.diff import differences
 from sslkit.distributed import World, restarted
 from sslkit.errors import UserError
 from sslkit.forking import Asked
@@ -66,7 +67,7 @@ def opened(path: Path, world: World) -> Iterator[RunDirectory]:
         yield files
     finally:
         files.close()
-        if world.is_first and not files.has_run:
+        if world.is_first and not files.has_run and path.is_dir():  # else it was removed or moved meanwhile
             for name in (".lock", ".attempt"):
                 (path / name).unlink(missing_ok=True)
             if not any(path.iterdir()):
@@ -152,11 +153,19 @@ def _newest_here(files: RunDirectory, parts: Parts, console: Console) -> checkpo
             f"{files.path}: the data changed since this run began (fingerprint {found.facts['data_fingerprint']}, now "
             f"{parts.data.fingerprint}); put the old data back, or start anew with another {spoken().run_dir}"
         )
-    if found and parts.recipe.local_parts() and found.facts["recipe_hash"] != parts.recipe.hash():
-        raise UserError(
-            f"{files.path}: the code in {files.path / local.FOLDER} is not what the run was begun with; put the old "
-            f"one back, or start anew with another {spoken().run_dir}"
-        )
+    if found and found.facts["recipe_hash"] != parts.recipe.hash():
+        if parts.recipe.local_parts():
+            raise UserError(
+                f"{files.path}: the code in {files.path / local.FOLDER} is not what the run was begun with; put the "
+                f"old one back, or start anew with another {spoken().run_dir}"
+            )
+        # An option that sslkit has had only since then changes the hash, but not the recipe.
+        if changed := differences(parse_recipe(found.facts["recipe"], str(found.path)), parts.recipe):
+            raise UserError(
+                f"{found.path}: is the checkpoint of another recipe than that of {files.lock_file}; move it away, or "
+                f"choose another {spoken().run_dir}",
+                *(f"  {change}" for change in changed),
+            )
     for line in other_code(found, parts.recipe) if found else ():
         say(console, f"warning: {line}")
     return found

@@ -188,23 +188,33 @@ class RunDirectory:
 
     # ------------------------------------------------------------ metrics
 
-    def open_metrics(self, offset: int) -> None:
-        """Open `metrics.jsonl` for appending, after cutting it to the offset that a checkpoint remembers."""
+    def open_metrics(self, offset: int) -> int:
+        """Open `metrics.jsonl` for appending, after cutting it to the offset that a checkpoint remembers.
+
+        Returns:
+            How many bytes it lacks, if it is shorter than that.
+        """
         self.claim()
         path = self.path / "metrics.jsonl"
         try:
             self._metrics = path.open("ab", buffering=0)  # a record is one write
-            if self._metrics.tell() > offset:  # what was recorded since will be measured again
-                self._metrics.truncate(offset)
+            whole = offset
+            if self._metrics.tell() < offset:  # half a record must not spoil the next
+                whole = path.read_bytes().rfind(b"\n") + 1
+            if self._metrics.tell() > whole:  # what was recorded since will be measured again
+                self._metrics.truncate(whole)
                 self._metrics.seek(0, os.SEEK_END)
+            return offset - whole
         except OSError as error:
             raise RunFailed(f"{path}: cannot be written: {error.strerror or error}") from error
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Append one line, in one write."""
         self.claim()
+        line = (json.dumps(values) + "\n").encode()
         try:
-            self._metrics.write((json.dumps(values) + "\n").encode())
+            if self._metrics.write(line) != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))  # the beginning found room
         except OSError as error:
             raise RunFailed(f"{self.path / 'metrics.jsonl'}: cannot be written: {error.strerror or error}") from error
 
@@ -221,6 +231,11 @@ class RunDirectory:
 
     def sync_metrics(self) -> None:
         """Make the records survive a power cut, before a checkpoint refers to them."""
+        if not os.fstat(self._metrics.fileno()).st_nlink:
+            raise RunFailed(
+                f"{self.path / 'metrics.jsonl'}: was removed while the run goes on, so its records are lost; the same "
+                "command goes on from the newest checkpoint that is left"
+            )
         os.fsync(self._metrics.fileno())
 
     def close(self) -> None:
@@ -270,8 +285,9 @@ class OtherProcess(RunDirectory):
         """Nothing is kept."""
         return {}
 
-    def open_metrics(self, offset: int) -> None:
+    def open_metrics(self, offset: int) -> int:
         """Nothing is opened."""
+        return 0
 
     def record(self, values: Mapping[str, Any]) -> None:
         """Nothing is recorded."""

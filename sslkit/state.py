@@ -37,8 +37,8 @@ def put_back(parts: Parts, bus: Bus, found: checkpoint.Checkpoint) -> None:
         parts.optimizer.load_state_dict(_in_layout(parts.optimizer, found.parts["optimizer"]))
         bus.load_state_dict(found.parts["observers"])
     except Exception as error:  # whatever a stranger's load_state_dict raises
-        first = str(error).partition("\n")[0]
-        raise RunFailed(f"{found.path}: does not fit this recipe: {type(error).__name__}: {first}") from error
+        why = f"{type(error).__name__}: {error}".partition("\n")[0]
+        raise RunFailed(f"{found.path}: does not fit this recipe: {why}") from error
 
 
 def digest(parts: Parts) -> float:

@@ -319,10 +319,10 @@ class Trainer:
         self.files.sync_metrics()
         facts = {
             "recipe_hash": self.recipe.hash(),
+            "recipe": self.recipe.to_toml(),
             "data_fingerprint": self.data.fingerprint,
             "metrics_offset": self.files.metrics_offset,
             "samples_seen": self.step * self.info.batch_size,
-            "seed": self.info.seed,
             "knn_top1": self.knn[1] if self.knn and self.knn[0] == self.step else None,
             "best_knn": self.best_knn,
             "target_updates": int(self.target_updates),
@@ -337,7 +337,7 @@ class Trainer:
             allowed=self.files.claim,
         )  # fmt: skip
         self.files.status("running", step=self.step, of=self.info.total_steps)
-        checkpoint.prune(self.files.checkpoints, self.recipe.train.keep_checkpoints)
+        checkpoint.prune(self.files.checkpoints, *self.recipe.train.retention, say=self.say)
         self.bus.emit("checkpoint_saved", run=self, path=path)
 
     def restore(self, found: checkpoint.Checkpoint) -> None:

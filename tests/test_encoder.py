@@ -14,7 +14,7 @@ from test_python_api import mine
 import sslkit
 from sslkit import registry
 from sslkit.build import open_data
-from sslkit.checkpoint import listed
+from sslkit.checkpoint import listed, sealed
 from sslkit.evaluate import chosen, knn_accuracy
 from sslkit_convnet import ConvNet
 from sslkit_crops import TwoCrops
@@ -139,7 +139,7 @@ def test_the_best_checkpoint_is_that_of_the_highest_knn(copied: Path) -> None:
         manifest = json.loads((path / "manifest.json").read_text())
         digest = hashlib.sha256(text.encode()).hexdigest()
         manifest["files"]["state.json"] = {"bytes": len(text.encode()), "sha256": digest}
-        (path / "manifest.json").write_text(json.dumps(manifest))
+        (path / "manifest.json").write_bytes(sealed(manifest))
     assert sslkit.load_encoder(copied, checkpoint="best").step == 10
 
 
