@@ -1,15 +1,14 @@
 """Kill training runs at random moments, over and over, and compare what comes out with a run that nothing disturbed.
 
-    python benchmarks/crash.py [--runs 50] [--kills 250] [--seed 0] [--write]
+    python benchmarks/crash.py [--runs 50] [--kills 250] [--seed 0] [--jobs 1] [--write]
 
-A tiny network under BYOL with the health figures, kNN and a probe beside it, on the CPU, with a checkpoint every
-other step. Each attempt is the command `sslkit train`, in a process of its own that is forked from one that has imported
-torch, for importing takes longer than the run. It is killed with SIGKILL after a random time, or, one time in five, as
-soon as a checkpoint is being written or one is being removed; the next attempt goes on, until the run's kills are used
-up and it may end.
+A tiny network under BYOL with the health figures, kNN and a probe beside it, on the CPU, with a checkpoint every other
+step. Each attempt is the command `sslkit train`, in a process of its own that is forked from one that has imported what
+takes long to import. It is killed with SIGKILL after a random time, or, one time in five, as soon as a checkpoint is
+being written or removed; the next attempt goes on, until the run's kills are used up and it may end.
 
-Compared with the undisturbed run: every tensor and value of the last checkpoint, all of `metrics.jsonl` (timings aside),
-and the indices of the images of each step, which a local observer notes. All to the bit.
+Compared with the undisturbed run: every tensor and value of the last checkpoint, all of `metrics.jsonl` (timings
+aside), and the indices of the images of each step, which a local observer notes. All to the bit.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import signal
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -221,11 +221,32 @@ def outcome(run: Path) -> dict[str, Any]:
     }
 
 
+def disturb(number: int, due: int, seed: int, longest: float, expected: dict[str, Any]) -> None:
+    """Kill a run as often as is due, let it end, and note how that went in `runNUMBER.json`."""
+    chance = random.Random(f"{seed}/{number}")
+    run = Path(f"run{number}")
+    places: list[str] = []
+    tries, wrong = 1, set()
+    while len(places) < due:
+        tries += 1
+        if place := killed(run, chance, longest):
+            places.append(place)
+        else:  # it ended before it was killed: compared like the others, and the kills that are left go to another
+            wrong |= {key for key, value in outcome(run).items() if expected[key] != value}
+            run = Path(f"run{number}-{tries}")
+    if os.waitpid(started(run), 0)[1]:
+        raise SystemExit(f"{run}: did not end\n{run.with_suffix('.log').read_text()[-2000:]}")
+    wrong |= {key for key, value in outcome(run).items() if expected[key] != value}
+    Path(f"run{number}.json").write_text(json.dumps({"places": places, "tries": tries, "wrong": sorted(wrong)}))
+    print(f"run {number}: {due} kills, {sorted(wrong) or 'the same'}", flush=True)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=50)
     parser.add_argument("--kills", type=int, default=250, help="in all runs together")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/crash.json")
     options = parser.parse_args()
     where = environment(sys.argv, [], "cpu", "")  # the commit of the code, before the folder changes
@@ -249,44 +270,42 @@ def main() -> int:
         assert len(expected["order"]) == STEPS
 
         print(f"an undisturbed run: {longest:.1f} s", flush=True)
-        places: Counter[str] = Counter()
-        differing: dict[str, list[str]] = {}
-        attempts = []
-        for number in range(options.runs):
-            chance = random.Random(f"{options.seed}/{number}")
-            run = Path(f"run{number}")
-            due = options.kills * (number + 1) // options.runs - options.kills * number // options.runs
-            done, tries = 0, 1
-            while done < due:
-                tries += 1
-                if place := killed(run, chance, longest):
-                    places[place] += 1
-                    done += 1
-                else:  # it had ended: one more run for the kills that are left
-                    run = Path(f"run{number}-{tries}")
-            if os.waitpid(started(run), 0)[1]:
-                raise SystemExit(f"{run}: did not end\n{run.with_suffix('.log').read_text()[-2000:]}")
-            attempts.append(tries)
-            found = outcome(run)
-            if wrong := [key for key, value in expected.items() if found[key] != value]:
-                differing[run.name] = wrong
-            print(f"{run}: {done} kills, {wrong or 'the same'}", flush=True)
+        workers = []
+        for job in range(options.jobs):
+            sys.stdout.flush()
+            if worker := os.fork():
+                workers.append(worker)
+                continue
+            try:
+                for number in range(job, options.runs, options.jobs):
+                    due = options.kills * (number + 1) // options.runs - options.kills * number // options.runs
+                    disturb(number, due, options.seed, longest, expected)
+            except BaseException:
+                traceback.print_exc()
+                os._exit(1)
+            os._exit(0)
+        ended = [os.waitpid(worker, 0)[1] for worker in workers]  # of all, before their folder goes
+        if any(ended):
+            raise SystemExit("a worker failed")
+        results = [json.loads(Path(f"run{number}.json").read_text()) for number in range(options.runs)]
         seconds = time.monotonic() - begun
 
+    places = Counter(place for result in results for place in result["places"])
+    differing = {f"run {number}": result["wrong"] for number, result in enumerate(results) if result["wrong"]}
     figures = {
         "runs": options.runs,
         "bit_exact": options.runs - len(differing),
         "differing": differing,
         "kills": places.total(),
         "kills_while": dict(places.most_common()),
-        "attempts": sum(attempts),
+        "attempts": sum(result["tries"] for result in results),
         "seconds": round(seconds),
     }
     print(json.dumps(figures, indent=1))
     if options.write:
         told = {
             "command": f"python benchmarks/crash.py --runs {options.runs} --kills {options.kills} "
-            f"--seed {options.seed} --write",
+            f"--seed {options.seed} --jobs {options.jobs} --write",
             "commit": where["git"] and where["git"]["commit"],
             "changed": where["git"] and where["git"]["changed"],
             "hardware": f"{where['cpus']} cores {where['processor']}",
