@@ -339,3 +339,13 @@ def test_room_is_known_before_the_first_step(tmp_path: Path, monkeypatch: pytest
         else:
             found = checkpoint.shortage(tmp_path, states, trained, keep=3)
             assert (found is None) if says is None else (str(says) in str(found))
+
+
+def test_no_byte_of_a_manifest_may_change(tmp_path: Path) -> None:
+    manifest = saved(tmp_path) / "manifest.json"
+    whole = manifest.read_bytes()
+    for at in range(len(whole)):
+        for damaged in (whole[:at], whole[:at] + bytes([whole[at] ^ 1 << at % 8]) + whole[at + 1 :]):
+            manifest.write_bytes(damaged)
+            with pytest.raises(RunFailed):
+                checkpoint.load(manifest.parent, wanted=())

@@ -395,3 +395,41 @@ def test_the_state_is_not_what_training_goes_on_with(tmp_path: Path) -> None:
     found = checkpoint.load(path)
     shutil.rmtree(path)
     assert found.parts["model"]["w"].sum() == 1000
+
+
+DRAWING = """
+import torch
+
+from sslkit.api import Head
+
+
+class Noisy(torch.nn.Module):
+    out_dim = 8
+
+    def __init__(self, dim):
+        super().__init__()
+        self.layer = torch.nn.Linear(dim, 8)
+
+    def forward(self, features):
+        return self.layer(torch.nn.functional.dropout(features, 0.5, self.training))
+
+
+class Dropping(Head):
+    \"\"\"Draws from torch's default generator.\"\"\"
+
+    def build(self, dim, run):
+        return Noisy(dim)
+"""
+
+
+def test_stray_draws_are_the_same_after_going_on(train: Callable[..., Result]) -> None:
+    Path("drawing.py").write_text(DRAWING, encoding="utf-8")
+    text = Path("tiny.toml").read_text()
+    projector = '[projector]\nuse = "mlp"\nhidden_dim = 16\nout_dim = 8\n'
+    assert projector in text
+    Path("tiny.toml").write_text(text.replace(projector, '[projector]\nuse = "./drawing.py:Dropping"\n'))
+    local = ("--allow-local-code", "--steps")
+    for run, steps in (("whole", 8), ("parts", 4), ("parts", 8)):
+        done = train("--run-dir", run, *local, str(steps))
+        assert done.exit_code == 0, done.output
+    assert_the_same(Path("whole"), Path("parts"))
