@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -262,33 +262,6 @@ def clean(folder: Path) -> None:
     _remove(*folder.glob(".tmp-step-*"), *folder.glob(".old-step-*"))
 
 
-def shortage(folder: Path, states: Iterable[Mapping[str, Any]], trained: Iterable[Tensor], keep: int) -> str | None:
-    """What to warn of before the first step, where the disk that `folder` is on has no room for a run's checkpoints.
-
-    Args:
-        folder: a folder that is there.
-        states: the state dicts of networks and loss: what a checkpoint holds at least.
-        trained: the parameters; most optimizers keep as much again.
-        keep: how many checkpoints are kept; one more is written before one is removed, and the best is kept besides.
-
-    Raises:
-        UserError: there is no room for a single one.
-    """
-    least = sum(value.nbytes for state in states for value in state.values() if isinstance(value, Tensor))
-    usual = least + sum(parameter.nbytes for parameter in trained)
-    disk = shutil.disk_usage(folder)
-    if disk.total == 0 or disk.free >= (keep + 2) * usual:  # some network file systems do not tell
-        return None
-    told = f"{folder}: {_megabytes(disk.free)} are free on this disk, and a checkpoint takes"
-    if disk.free < least:
-        raise UserError(f"{told} {_megabytes(least)} at least; make room, or choose another folder for the run")
-    return f"{told} about {_megabytes(usual)}, of which up to {keep + 2} are there at a time; make room while it trains"
-
-
-def _megabytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
-
-
 def _put_back(folder: Path) -> None:
     """What was to be replaced takes its name again, unless the new one has it."""
     for path in folder.glob(".was-step-*"):
@@ -364,7 +337,7 @@ def _plain(path: Path) -> Path:
 
 def _read(path: Path) -> bytes:
     if _plain(path).stat().st_size > JSON_LIMIT:
-        raise RunFailed(f"{path.parent}: not a valid checkpoint: {path.name} is larger than {_megabytes(JSON_LIMIT)}")
+        raise RunFailed(f"{path.parent}: not a valid checkpoint: {path.name} is larger than {JSON_LIMIT:,} bytes")
     return path.read_bytes()
 
 
@@ -379,7 +352,7 @@ def _read_back(path: Path, tensors: Mapping[str, Tensor]) -> None:
 def _write_json(path: Path, value: object) -> None:
     text = (json.dumps(value, indent=1, allow_nan=False) + "\n").encode()
     if len(text) > JSON_LIMIT:
-        raise ValueError(f"{path.name} would be larger than {_megabytes(JSON_LIMIT)}: long states have to be tensors")
+        raise ValueError(f"{path.name} would be larger than {JSON_LIMIT:,} bytes: long states have to be tensors")
     path.write_bytes(text)
 
 

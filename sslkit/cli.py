@@ -16,6 +16,10 @@ from sslkit.errors import SslkitError, printable
 class Group(click.Group):
     """Turns what a user must know into lines and an exit code; never a traceback for their own mistake."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        ctx.meta["arguments"] = list(args)  # for processes that are started with the same
+        return super().parse_args(ctx, args)
+
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
@@ -125,7 +129,7 @@ def train(
         show_plan(recipe, overrides, device=device, fork=fork)
         return
     if nproc > 1:
-        ctx.exit(launcher.launch(nproc, launcher.without_option(sys.argv[1:], "--nproc")))
+        ctx.exit(launcher.launch(nproc, launcher.without_option(ctx.meta["arguments"], "--nproc")))
     from sslkit import launch
 
     ctx.exit(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from rich.console import Console
 
-from sslkit import checkpoint, distributed, doctor, forking, initialise, launcher, view_grid
+from sslkit import checkpoint, distributed, doctor, forking, initialise, launcher, state, view_grid
 from sslkit.attending import Attending
 from sslkit.build import Parts, choose_device, resolve_compile
 from sslkit.distributed import World
@@ -184,8 +184,7 @@ def _train(
         trainer.restore(found)
         say(console, f"going on from step {found.step} ({found.path})")
     announce(trainer, console)
-    states = (trainer.model.state_dict(), trainer.loss.state_dict())
-    if short := checkpoint.shortage(files.path, states, trainer.trained, recipe.train.keep_checkpoints):
+    if short := state.shortage(parts, files.path):
         say(console, f"warning: {short}")
     stop = min(steps or parts.run.total_steps, parts.run.total_steps)
     # At the very end there is nothing to train, but a run that died there still has to be called done.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import tempfile
 import uuid
@@ -47,7 +48,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="sslkit-") as folder:
         outcome = Path(folder) / "exit-code"
         os.environ[OUTCOME] = str(outcome)
-        code = 0
+        code, handlers = 0, {number: signal.getsignal(number) for number in signal.valid_signals()}
         try:
             elastic_launch(config, sys.executable)("-m", "sslkit", *arguments)
         except SignalException as signalled:
@@ -64,6 +65,9 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
                 )
         finally:
             del os.environ[OUTCOME]
+            for number, handler in handlers.items():  # the agent leaves its own
+                if handler is not None and signal.getsignal(number) is not handler:
+                    signal.signal(number, handler)
         return int(outcome.read_text()) if outcome.exists() else code
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from torch import Tensor
 
 from sslkit import checkpoint
 from sslkit.build import Parts
-from sslkit.errors import RunFailed
+from sslkit.errors import RunFailed, UserError
 from sslkit.events import Bus
 
 
@@ -45,6 +47,33 @@ def digest(parts: Parts) -> float:
     """A number that differs where weights, targets or the loss's state do: processes compare theirs."""
     state = [*parts.model.state_dict().values(), *parts.loss.state_dict().values()]
     return float(torch.stack([t.detach().double().square().sum() for t in state]).nan_to_num().sum())
+
+
+def shortage(parts: Parts, folder: Path) -> str | None:
+    """What to warn of before the first step, where the disk that `folder` is on has no room for a run's checkpoints.
+
+    Args:
+        parts: whose networks and loss a checkpoint holds at least; most optimizers keep as much as is trained besides.
+        folder: a folder that is there.
+
+    Raises:
+        UserError: there is no room for a single one.
+    """
+    state = [*parts.model.state_dict().values(), *parts.loss.state_dict().values()]
+    least = sum(value.nbytes for value in state if isinstance(value, Tensor))
+    usual = least + sum(parameter.nbytes for group in parts.groups for parameter in group.parameters)
+    keep = parts.recipe.train.keep_checkpoints  # one more is written before one is removed, and the best is kept
+    disk = shutil.disk_usage(folder)
+    if disk.total == 0 or disk.free >= (keep + 2) * usual:  # some network file systems do not tell
+        return None
+    told = f"{folder}: {_megabytes(disk.free)} are free on this disk, and a checkpoint takes"
+    if disk.free < least:
+        raise UserError(f"{told} {_megabytes(least)} at least; make room, or choose another folder for the run")
+    return f"{told} about {_megabytes(usual)}, of which up to {keep + 2} are there at a time; make room while it trains"
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _in_layout(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:

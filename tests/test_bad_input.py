@@ -232,7 +232,7 @@ def test_overrides_of_every_bad_kind(override: str, says: str) -> None:
 
 def test_an_empty_run_directory_is_no_directory(tiny: Path) -> None:
     with pytest.raises(UserError, match=r"--run-dir is empty|run_dir is empty"):
-        launch._choose_directory("tiny", "", "auto")
+        launch.train(str(tiny), run_dir="")
 
 
 def test_what_an_error_quotes_cannot_command_the_terminal() -> None:

@@ -5,7 +5,6 @@ import json
 import math
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -320,25 +319,6 @@ def test_what_cannot_be_removed_is_told_and_the_run_goes_on(tmp_path: Path, monk
         f"warning: {tmp_path}/step-000000001: is not needed any more, and cannot be removed: Permission denied"
     ]
     assert len(checkpoint.listed(tmp_path)) == 3
-
-
-def test_room_is_known_before_the_first_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    states, trained = [{"w": torch.zeros(2**20), "n": 3}], [torch.zeros(2**20)]  # 4 MiB each
-    for free, total, says in (
-        (3.9, 100, UserError),
-        (4.1, 100, "a checkpoint takes about 8.0 MiB, of which up to 5 are there at a time"),
-        (39.9, 100, "39.9 MiB are free on this disk"),
-        (40.0, 100, None),
-        (0.0, 0, None),
-    ):
-        usage = SimpleNamespace(free=int(free * 2**20), total=total)
-        monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda _, usage=usage: usage)  # type: ignore[attr-defined]
-        if says is UserError:
-            with pytest.raises(UserError, match=r"3\.9 MiB are free on this disk, and a checkpoint takes 4\.0 MiB at"):
-                checkpoint.shortage(tmp_path, states, trained, keep=3)
-        else:
-            found = checkpoint.shortage(tmp_path, states, trained, keep=3)
-            assert (found is None) if says is None else (str(says) in str(found))
 
 
 def test_no_byte_of_a_manifest_may_change(tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ HARMLESS = [
     "train.log_every=1",
     "train.checkpoint_every=1",
     "train.keep_checkpoints=1",
+    "train.keep_every=2",
     'train.accept=["decay_high"]',
     "observers.knn.every_epochs=2",
     "observers.knn.k=5",

@@ -179,8 +179,7 @@ def test_a_backbone_of_timm_is_one_that_timm_has(model: str, nothing_runs: None)
 TRUSTED = {
     ("sslkit/local.py", "exec"): "a file beside a recipe, with leave",
     ("sslkit/testing/spec.py", "pickle"): "a component of the user's own, to see whether it can be pickled",
-    ("sslkit/testing/devices.py", "pickle"): "the same, to hand it to a process that was just started",
-    ("sslkit/testing/two_processes.py", "pickle"): "the other end of that",
+    ("sslkit/testing/processes.py", "pickle"): "the same, to hand it to a process that was just started",
     ("plugins/sslkit_datasets/cifar10.py", "pickle"): "CIFAR-10's batches, which name nothing but arrays",
 }
 MODULES = {"pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "yaml", "runpy", "code", "torch.hub"}
@@ -751,7 +750,7 @@ def test_the_environment_holds_no_secrets(monkeypatch: pytest.MonkeyPatch) -> No
     git("init")
     git("remote", "add", "origin", f"https://me:{SECRET}@example.org/x.git")
     git("commit", "--allow-empty", "-m", SECRET)
-    found = environment(["sslkit", "train"], [], "cpu", "abc")
+    found = environment(["sslkit", "train"], [], "cpu", 1, "abc")
     assert SECRET not in json.dumps(found)
     assert set(found["git"]) == {"commit", "changed"}
     assert found["git"]["changed"] is False
@@ -771,11 +770,11 @@ def test_git_runs_no_program_of_a_strangers_folder() -> None:
     git("config", "core.fsmonitor", str(Path("evil.sh").absolute()))
     os.utime("a.txt", (1, 1))
     Path("a.txt").write_text("b")
-    assert environment([], [], "cpu", "")["git"]["changed"] is True
+    assert environment([], [], "cpu", 1, "")["git"]["changed"] is True
     assert not Path("ran").exists()
     Path(".gitattributes").write_text("* filter=evil\n")
     git("config", "filter.evil.clean", str(Path("evil.sh").absolute()))
-    assert environment([], [], "cpu", "")["git"]["changed"] is None
+    assert environment([], [], "cpu", 1, "")["git"]["changed"] is None
     assert not Path("ran").exists()
 
 

@@ -72,8 +72,8 @@ batch_norm_not_synchronised = Rule(
     what="BatchNorm is not synchronised over the processes.",
     severity="warning",
     cause="networks that were not converted before they were distributed",
-    fix="set train.batch_norm = 'sync' on GPUs, or use networks with GroupNorm; in a loop of your own convert networks "
-    "with torch.nn.SyncBatchNorm.convert_sync_batchnorm",
+    fix="convert networks with torch.nn.SyncBatchNorm.convert_sync_batchnorm, which needs GPUs (train.batch_norm = "
+    "'sync'), or use networks with GroupNorm",
     source="Chen et al. 2020 (SimCLR, arXiv 2002.05709), section 2.2: global BatchNorm, so that no process knows a "
     "pair by its statistics; BYOL's code has it, too",
     key="train.batch_norm",
