@@ -79,6 +79,7 @@ class Trainer:
         """How often the target was moved so far; on the device, for only that knows whether a step was finite."""
         self.kept_equal = running_statistics(self.model) if self.world.size > 1 else []
         self._amid_step = False
+        """Whether the other processes wait within a step, and would not hear."""
         self._digest = 0.0
         """Of the state at the newest step that every process saves after, to compare."""
         self.measurements = Measurements(parts, directory)
@@ -98,7 +99,6 @@ class Trainer:
 
     def train_step(self, draw: Draw) -> Branches:
         """One optimizer update. Nothing here waits for the device."""
-        self._amid_step = True
         self._begin()
         micros = self.recipe.train.accumulate
         kept: list[tuple[Branches, Branches]] = []
@@ -237,6 +237,7 @@ class Trainer:
         word = self.world.words(self._asked_to_stop(), self._digest)
         if word >= distributed.FAILED:
             raise distributed.EndedElsewhere
+        self._amid_step = not word
         return word
 
     def _go_on(self, stop: int, on_step: Callable[[], None]) -> int:
@@ -257,6 +258,7 @@ class Trainer:
                     self._digest = state.digest(self.parts)
                 if self.step != stop and (best or self.step % train.checkpoint_every == 0):
                     self.save()
+        self._amid_step = False
         if self.step:
             self.save()
         self._listen()  # the first process may have failed to write
