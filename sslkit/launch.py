@@ -27,7 +27,7 @@ from sslkit.recipe import Recipe, read_recipe
 from sslkit.result import Result, Status
 from sslkit.resuming import chosen, going_on, newest_checkpoint, opened
 from sslkit.rules import Severity
-from sslkit.run_directory import LOCK_HEADER, RunDirectory
+from sslkit.run_directory import LOCK_HEADER, RunDirectory, TakenOver
 from sslkit.stopping import Stopped, StopSignals, die_with_parent
 from sslkit.summary import announce, device_name, summarise
 from sslkit.trainer import Trainer
@@ -260,6 +260,8 @@ def _end(trainer: Trainer, status: str, **facts: Any) -> None:
     ):
         try:
             tell()
-        except RunFailed:
+        except RunFailed as error:
             if status != "failed":
                 raise
+            if isinstance(error, TakenOver):  # whose observers write here now
+                return

@@ -30,6 +30,10 @@ WRITTEN = ("checkpoints", "tensorboard", local.FOLDER)
 """Folders of a run that its files are written into."""
 
 
+class TakenOver(RunFailed):
+    """Another process writes to the directory now, and this one must not touch it any more."""
+
+
 class RunDirectory:
     """Opens a directory for writing, and holds it until `close`.
 
@@ -86,7 +90,8 @@ class RunDirectory:
         """Take a new attempt number, or make sure that nobody has taken one since.
 
         Raises:
-            RunFailed: another process has taken over, or the directory is gone.
+            TakenOver: another process has.
+            RunFailed: the directory is gone.
         """
         path = self.path / ".attempt"
         found = read_json(path)
@@ -99,7 +104,7 @@ class RunDirectory:
         elif not found:
             raise RunFailed(f"{self.path}: was removed or emptied while this process trained in it; it writes no more")
         elif found != self._attempt:
-            raise RunFailed(
+            raise TakenOver(
                 f"{self.path}: attempt {found.get('attempt')} of this run (process {found.get('pid')} on "
                 f"{found.get('host')}) has taken over; this is attempt {self._attempt['attempt']}, and writes no more"
             )

@@ -179,7 +179,7 @@ def test_a_checkpoint_is_named_by_its_folder_its_step_or_as_the_best() -> None:
     state.write_text(text)
     files = json.loads(manifest.read_text())
     files["files"]["state.json"] = checkpoint._digest(state)
-    manifest.write_text(json.dumps(files))
+    manifest.write_bytes(checkpoint.sealed(files))
     if checkpoint.load(state.parent):  # the manifest is as it should be
         assert prepared(init={"run": "runs/byol", "checkpoint": "best"}).recipe.init_from.checkpoint == 4  # type: ignore[union-attr]
     line = refused(init={"run": "runs/dino", "checkpoint": "best"})

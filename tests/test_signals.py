@@ -325,7 +325,7 @@ def test_a_failure_says_why(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert told["message"].startswith("the run failed: ValueError: shapes do not fit (the traceback is in run")
     assert "shapes do not fit" in doctor.examine_run(Path("run")).text()
 
-    def exhausted(*_: object) -> None:
+    def exhausted(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried")
 
     train(tiny, steps=2)
