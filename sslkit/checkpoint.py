@@ -99,10 +99,11 @@ def save(
         _sync(folder)
         if first:
             _sync(folder.parent)
-    except BaseException as error:  # safetensors raises its own kinds, one of them below Exception
+    except BaseException as error:
         _remove(staging)
         _put_back(folder)
-        if isinstance(error, KeyboardInterrupt | SystemExit | SslkitError):
+        # A panic within safetensors is below Exception, as what ends a process is.
+        if isinstance(error, SslkitError) or not (isinstance(error, Exception) or "Panic" in type(error).__name__):
             raise
         why = (isinstance(error, OSError) and error.strerror) or error
         raise RunFailed(
@@ -188,10 +189,11 @@ def listed(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     if not folder.is_dir():
         return []
-    return sorted((p for p in folder.iterdir() if _STEP.match(p.name) and p.is_dir()), key=_step)
+    return sorted((p for p in folder.iterdir() if _STEP.match(p.name) and p.is_dir()), key=step_of)
 
 
-def _step(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step of a checkpoint's folder."""
     return int(path.name.removeprefix("step-"))
 
 
@@ -231,7 +233,7 @@ def prune(folder: Path, keep: int, every: int | None = None, say: Callable[[str]
     if every:
         series: dict[int, Path] = {}
         for path in paths:
-            series.setdefault(_step(path) // every, path)
+            series.setdefault(step_of(path) // every, path)
         kept |= {path for multiple, path in series.items() if multiple}
     for path in paths:
         if path not in kept:

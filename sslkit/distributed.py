@@ -8,7 +8,9 @@ one process with that batch, whoever wrote it.
 
 from __future__ import annotations
 
+import math
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sslkit import launcher
 from sslkit.batch import Branches
 from sslkit.errors import RunFailed, SslkitError, UserError
 
@@ -97,27 +100,29 @@ class World:
             raise EndedElsewhere
         return [value for _, value in told] if all_of_them else found
 
-    def words(self, word: int, digest: float = 0.0) -> int:
+    def words(self, word: int, weights: float = 0.0, moved: float = 0.0) -> int:
         """The largest of the numbers that the processes say: 0 to go on.
 
         Args:
             word: This process's.
-            digest: What should be the same in every process.
+            weights: A digest of what is the same in every process to the last bit.
+            moved: A digest of what every process computes by itself from the same, and may round otherwise.
 
         Raises:
             RunFailed: the digests differ.
         """
         if self.size == 1:
             return word
-        said = [torch.zeros(2, dtype=torch.float64) for _ in range(self.size)]
+        said = [torch.zeros(3, dtype=torch.float64) for _ in range(self.size)]
         with listening(self):
-            dist.all_gather(said, torch.tensor([word, digest], dtype=torch.float64), group=self.control)
+            dist.all_gather(said, torch.tensor([word, weights, moved], dtype=torch.float64), group=self.control)
         loudest = int(max(float(s[0]) for s in said))
-        if loudest < FAILED and len({float(s[1]) for s in said}) > 1:
+        alike = all(bool(s[1] == said[0][1]) and math.isclose(s[2], said[0][2], rel_tol=1e-4) for s in said)
+        if loudest < FAILED and not alike:
+            figures = "; ".join(f"{s[1]:.17g}, {s[2]:.6g}" for s in said)
             raise RunFailed(
-                f"the processes' weights have come to differ ({', '.join(f'{float(s[1]):.17g}' for s in said)}): some "
-                "part does not treat the processes alike, such as a loss that keeps something of its own share; the "
-                "last checkpoint is the first process's"
+                f"the processes' weights have come to differ ({figures}): some part does not treat the processes "
+                "alike, such as a loss that keeps something of its own share; the last checkpoint is that of the first"
             )
         return loudest
 
@@ -205,9 +210,24 @@ def restarted() -> bool:
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
 
 
+_TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
 def started_by_torchrun() -> bool:
-    """Whether torchrun started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and "MASTER_ADDR" in os.environ
+    """Whether torchrun started this process as one of several.
+
+    Raises:
+        UserError: part of what torchrun says is missing.
+    """
+    lacking = [name for name in _TORCHRUN if name not in os.environ]
+    if os.environ.get("WORLD_SIZE", "1") == "1" or len(lacking) >= len(_TORCHRUN) - 1:
+        return False
+    if lacking:
+        raise UserError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {', '.join(lacking)} not set: start several processes with "
+            "torchrun or --nproc, or unset WORLD_SIZE to train in one"
+        )
+    return True
 
 
 @contextmanager
@@ -224,13 +244,16 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
     world = World(*(int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")))
     if device.type == "cuda":
         if world.local_rank >= torch.cuda.device_count():
-            raise UserError(
+            raise _refusal(
                 f"{os.environ.get('LOCAL_WORLD_SIZE', world.size)} processes were started here, and there are "
                 f"{torch.cuda.device_count()} GPUs; start one process for each"
             )
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
-    timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, "1800")))
+    try:
+        timeout = timedelta(seconds=float(os.environ.get(TIMEOUT, "1800")))
+    except (ValueError, OverflowError):
+        raise _refusal(f"{TIMEOUT}={os.environ[TIMEOUT]}: should be a number of seconds, such as 1800") from None
     theirs = dist.is_initialized()  # a script that set up more than this run
     try:
         with listening(world):
@@ -241,6 +264,11 @@ def joined(device: torch.device) -> Iterator[tuple[World, torch.device]]:
     finally:
         if dist.is_initialized() and not theirs:
             dist.destroy_process_group()
+
+
+def _refusal(line: str) -> SslkitError:
+    """A mistake that every process meets before they can speak: said by one, and not by those that come after."""
+    return UserError(line) if launcher.leave_error(UserError.exit_code) else EndedElsewhere()
 
 
 @contextmanager
@@ -263,9 +291,11 @@ def listening(world: World) -> Iterator[None]:
         ) from error
 
 
+_OF_TORCH = re.compile(r"gloo/transport/|Gloo connect|ProcessGroup|NCCL error|Connection closed by peer")
+
+
 def _is_of_peer(error: RuntimeError) -> bool:
-    text = str(error)
-    return isinstance(error, dist.DistError) or any(sign in text for sign in ("gloo", "NCCL", "onnection closed"))
+    return isinstance(error, dist.DistError) or _OF_TORCH.search(str(error)) is not None
 
 
 def tells(error: SslkitError, world: World) -> bool:

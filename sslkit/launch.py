@@ -139,7 +139,7 @@ def run(
             return Result.of(path, signals.status)
         except SslkitError as error:
             if not isinstance(error, distributed.EndedElsewhere | distributed.PeerLost):
-                launcher.leave(error.exit_code)  # starting again would only meet it again
+                launcher.leave_error(error.exit_code)  # starting again would only meet it again
             if distributed.tells(error, world):
                 raise
             raise type(error)() from None
@@ -175,9 +175,7 @@ def _train(
     # The first process observes, for all of them.
     parts.observers = {**parts.observers, "progress": display, "doctor": attending} if world.is_first else {}
     trainer = Trainer(parts, files, display.say, lambda: signals.word() or int(attending.lost), world)
-    trainer.measurements.hurried = signals.asked
-    if world.size == 1:  # among several it would be waited for by the others
-        trainer.feed.hurried = signals.asked
+    trainer.measurements.hurried = trainer.feed.hurried = signals.asked
     files.lasting["resumed_at"] = files.read_status().get("resumed_at", [])
     if found:
         files.lasting["resumed_at"] = [*files.lasting["resumed_at"], found.step]
@@ -223,7 +221,9 @@ def _fit(
         trainer.step = begun  # of what came after nothing is kept
         status, reason = signals.status, {"reason": signals.reason}
     except KeyboardInterrupt:
-        status, reason = "interrupted", {"reason": "SIGINT"}  # or a second one: the newest checkpoint counts
+        status, reason = "interrupted", {"reason": "SIGINT"}
+        saved = checkpoint.listed(files.checkpoints)  # if it was a second one, what came after is lost
+        trainer.step = checkpoint.step_of(saved[-1]) if saved else 0
         raise
     except BaseException:
         if int(trainer.bad_step) >= 0:

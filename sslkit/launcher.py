@@ -14,14 +14,18 @@ import sys
 import tempfile
 import uuid
 from collections.abc import Sequence
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from sslkit.errors import UserError
 
 OUTCOME = "SSLKIT_OUTCOME"
 """Environment variable: the file that a process leaves its exit code in."""
 RESTARTS = 3
-"""How often the processes are started again; one may meet a port that its forerunner still holds."""
+"""How often the processes are started again."""
+PATIENCE = 3600
+"""Seconds that processes have to save in once a signal came; a scheduler gives less."""
 
 
 def launch(processes: int, arguments: Sequence[str]) -> int:
@@ -41,9 +45,16 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # processes tell their errors themselves
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    # Else processes that are started again may read the addresses of those that died, and wait for them (torch 2.15).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+    # Of newer versions of torch: SIGUSR1, which schedulers send, is passed on, and a checkpoint may take its time.
+    wished = {"signals_to_handle": "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1", "shutdown_timeout": PATIENCE}
+    known: dict[str, Any] = {
+        name: value for name, value in wished.items() if name in signature(LaunchConfig).parameters
+    }
     config = LaunchConfig(
         min_nodes=1, max_nodes=1, nproc_per_node=processes, run_id=uuid.uuid4().hex, rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=RESTARTS,
+        rdzv_endpoint="localhost:0", local_addr="localhost", max_restarts=RESTARTS, **known,
     )  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="sslkit-") as folder:
         outcome = Path(folder) / "exit-code"
@@ -72,7 +83,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
 
 def leave(code: int) -> int:
-    """Note the exit code that a run ends with, in a process that `launch` started.
+    """Note the exit code that a run ends with, in a process that `launch` started: the first one, which writes last.
 
     Returns:
         What this process itself should end with: for the agent, everything but an error is success.
@@ -80,8 +91,33 @@ def leave(code: int) -> int:
     path = os.environ.get(OUTCOME)
     if path is None:
         return code
-    Path(path).write_text(str(code))
+    if os.environ.get("RANK", "0") == "0":
+        Path(path).write_text(str(code))
     return 0
+
+
+def leave_error(code: int) -> bool:
+    """Note the exit code of an error that would only come again; whether nobody had noted one before."""
+    path = os.environ.get(OUTCOME)
+    if path is None:
+        return True
+    try:
+        with Path(path).open("x") as file:
+            file.write(str(code))
+    except FileExistsError:
+        return False
+    return True
+
+
+def chosen(directory: str | None = None) -> str | None:
+    """The directory of the run that was begun, to be noted or, by a process that is started again, read."""
+    path = os.environ.get(OUTCOME)
+    note = path and Path(path).with_name("directory")
+    if not note:
+        return None
+    if directory is not None:
+        note.write_text(directory)
+    return note.read_text() if note.exists() else None
 
 
 def left() -> int | None:

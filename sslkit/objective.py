@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,3 +49,22 @@ class Objective(nn.Module):
             f"loss {registry.short_name(loss)!r} from {registry.provider_of(loss).origin} should return "
             f"sslkit.api.LossTerms, not {type(terms).__name__}: LossTerms(total, {{name: value}})"
         )
+
+
+def check_gradients(model: nn.Module, loss: nn.Module) -> Literal[False]:
+    """Tell, after the first backward pass, what DistributedDataParallel would wait for in vain at the second.
+
+    Returns:
+        False: it need not be asked again.
+
+    Raises:
+        RunFailed: a trained parameter has no gradient.
+    """
+    names = [*model.named_parameters(), *((f"loss.{name}", p) for name, p in loss.named_parameters())]
+    lacking = [name for name, p in names if p.requires_grad and p.grad is None]
+    if lacking:
+        raise RunFailed(
+            f"with several processes every trained parameter needs a gradient in each step, and {len(lacking)} "
+            f"have none: {', '.join(lacking[:5])}; give it requires_grad = False, or leave it out of the network"
+        )
+    return False

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from sslkit import checkpoint, forking, local
+from sslkit import checkpoint, forking, launcher, local
 from sslkit.build import Parts
 from sslkit.diff import differences
 from sslkit.distributed import World, restarted
@@ -31,15 +32,25 @@ def chosen(recipe: Recipe, asked: Asked, resume: str, world: World) -> tuple[Rec
     """
     if asked.run_dir == "":  # as an unset variable of a shell gives
         raise UserError(f"{spoken().run_dir} is empty; name a directory, or leave it out")
-    if asked.fork is None:
-        return recipe, world.first(lambda: _directory(recipe.name, asked.run_dir, resume))
-
-    def begun() -> tuple[InitFrom | None, Path]:
-        forked, path = forking.begin(recipe, asked, resume="auto" if restarted() else resume)
-        return forked.init_from, path
-
-    start, path = world.first(begun)
+    if restarted() and (resume == "never" or asked.fork is not None):  # to go on with what was begun
+        begun = asked.run_dir or launcher.chosen()
+        if begun is None and resume == "never":
+            raise UserError(
+                f"{spoken().resume_never}: torchrun has started the processes again, and which run they had begun is "
+                f"not known; name it by {spoken().run_dir}"
+            )
+        asked, resume = replace(asked, run_dir=begun), "auto"
+    start, path = world.first(lambda: _chosen_here(recipe, asked, resume))
     return recipe.model_copy(update={"init_from": start}), path
+
+
+def _chosen_here(recipe: Recipe, asked: Asked, resume: str) -> tuple[InitFrom | None, Path]:
+    if asked.fork is None:
+        path = _directory(recipe.name, asked.run_dir, resume)
+    else:
+        recipe, path = forking.begin(recipe, asked, resume=resume)
+    launcher.chosen(str(path))
+    return recipe.init_from, path
 
 
 def _directory(name: str, chosen: str | None, resume: str) -> Path:
@@ -52,8 +63,6 @@ def _directory(name: str, chosen: str | None, resume: str) -> Path:
     number = 2
     while Path("runs", f"{name}-{number}").exists():
         number += 1
-    if restarted():  # in the new run that was begun before
-        return Path("runs", f"{name}-{number - 1}") if number > 2 else path
     return Path("runs", f"{name}-{number}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,15 @@ def put_back(parts: Parts, bus: Bus, found: checkpoint.Checkpoint) -> None:
         raise RunFailed(f"{found.path}: does not fit this recipe: {why}") from error
 
 
-def digest(parts: Parts) -> float:
-    """A number that differs where weights, targets or the loss's state do: processes compare theirs."""
-    state = [*parts.model.state_dict().values(), *parts.loss.state_dict().values()]
-    return float(torch.stack([t.detach().double().square().sum() for t in state]).nan_to_num().sum())
+def digests(parts: Parts) -> tuple[float, float]:
+    """Numbers that differ where weights and targets do, and where the loss's state does: processes compare theirs."""
+    weights, moved = parts.model.state_dict().values(), parts.loss.state_dict().values()
+    return _sum_of_squares(weights), _sum_of_squares(moved)
+
+
+def _sum_of_squares(tensors: Iterable[Tensor]) -> float:
+    squares = [t.detach().double().square().sum() for t in tensors]
+    return float(torch.stack(squares).nan_to_num().sum()) if squares else 0.0
 
 
 def shortage(parts: Parts, folder: Path) -> str | None:

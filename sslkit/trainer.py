@@ -23,7 +23,7 @@ from sslkit.errors import RunFailed, SslkitError
 from sslkit.events import Bus
 from sslkit.measuring import Measurements
 from sslkit.nn import ScheduledNumber
-from sslkit.objective import Objective
+from sslkit.objective import Objective, check_gradients
 from sslkit.panel import joined_norms
 from sslkit.run_directory import RunDirectory
 
@@ -80,7 +80,8 @@ class Trainer:
         self.kept_equal = running_statistics(self.model) if self.world.size > 1 else []
         self._amid_step = False
         """Whether the other processes wait within a step, and would not hear."""
-        self._digest = 0.0
+        self.unchecked = True
+        self._digests = 0.0, 0.0
         """Of the state at the newest step that every process saves after, to compare."""
         self.measurements = Measurements(parts, directory)
         self._clock = (time.perf_counter(), 0, 0.0)
@@ -99,6 +100,7 @@ class Trainer:
 
     def train_step(self, draw: Draw) -> Branches:
         """One optimizer update. Nothing here waits for the device."""
+        self._amid_step = True
         self._begin()
         micros = self.recipe.train.accumulate
         kept: list[tuple[Branches, Branches]] = []
@@ -113,6 +115,7 @@ class Trainer:
             kept.append((branches.detached(), seen.detached()))
             looked_at = looked_at or views
         branches, self.terms = joined([own for own, _ in kept]), mean_of(terms)
+        self.unchecked = self.unchecked and self.world.size > 1 and check_gradients(self.model, self.loss)
         self.world.average([self.terms.total, *self.terms.terms.values(), *self.kept_equal])
 
         finite = self._measure_gradient()
@@ -234,10 +237,9 @@ class Trainer:
 
     def _listen(self) -> int:
         """Say whether this process is asked to stop, and hear whether another one is."""
-        word = self.world.words(self._asked_to_stop(), self._digest)
+        word = self.world.words(self._asked_to_stop(), *self._digests)
         if word >= distributed.FAILED:
             raise distributed.EndedElsewhere
-        self._amid_step = not word
         return word
 
     def _go_on(self, stop: int, on_step: Callable[[], None]) -> int:
@@ -248,17 +250,20 @@ class Trainer:
             self.save(instead=not self.measurements.owed)
         self._clock = (time.perf_counter(), self.step, self.feed.waited)
         with contextlib.closing(self.feed.steps(self.step, stop)) as draws:
-            while not (asked := self._listen()) and (draw := next(draws, None)) is not None:
+            while True:
+                draw = next(draws, None)  # before the others are heard, for it may fail in one process alone
+                asked = self._listen()
+                if asked or draw is None:
+                    break
                 self.train_step(draw)
                 on_step()
                 if self.will_record(self.step):
                     self._log()
                 best = self.step % info.steps_per_epoch == 0 and self._end_epoch()
                 if self.world.size > 1 and self.step % train.checkpoint_every == 0:
-                    self._digest = state.digest(self.parts)
+                    self._digests = state.digests(self.parts)
                 if self.step != stop and (best or self.step % train.checkpoint_every == 0):
                     self.save()
-        self._amid_step = False
         if self.step:
             self.save()
         self._listen()  # the first process may have failed to write
@@ -308,6 +313,7 @@ class Trainer:
         step = int(self.bad_step)
         if step >= 0:
             if self.anomaly is None:
+                self._listen()  # an observer may have failed at the same step
                 found = self.world.together(lambda: nonfinite.find(self, step), all_of_them=True)
                 self.anomaly = min(found, key=nonfinite.order)  # of the process where it began
             raise nonfinite.failure(self, self.anomaly)

@@ -16,7 +16,8 @@ import pytest
 import torch
 from conftest import TINY
 
-from sslkit import checkpoint
+from sslkit import checkpoint, launch, launcher
+from sslkit.errors import UserError
 from sslkit.launcher import without_option
 from sslkit.run_directory import read_json, read_metrics
 
@@ -31,7 +32,10 @@ from pathlib import Path
 import torch
 from sslkit.api import Observer
 from sslkit.events import observes
+from sslkit.errors import RunFailed
 from sslkit_cosine import Cosine
+from sslkit_datasets import Digits
+from sslkit_mlp import MLP
 
 def mine(step):
     """Whether this is the process, the step and the first attempt in which something is to happen."""
@@ -69,6 +73,43 @@ def error(terms):
     raise RuntimeError("something of this process alone")
 
 TROUBLES = {"nan": nan, "kill": kill, "hang": hang, "stop": stop, "error": error}
+
+class Dies(Cosine):
+    """One process is killed while it builds, at its first attempt."""
+    def build(self, dim, run):
+        if os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().build(dim, run)
+
+class Failing(Digits):
+    """A source whose images cannot be read any more in one process, as when a file was removed."""
+    def build(self, info):
+        opened = super().build(info)
+        opened.train.tensor, whole = None, opened.train.tensor
+        reads = []
+        def read(indices):
+            reads.append(1)
+            if os.environ.get("RANK") == "1" and len(indices) == 64 and len(reads) > 20:
+                raise RunFailed("image 7 cannot be read any more")
+            return whole[indices]
+        opened.train.read = read
+        return opened
+
+class Quitter(Observer):
+    """An observer that fails at a step."""
+    def build(self, run):
+        return self
+    @observes
+    def step_ended(self, run):
+        if run.step == 5:
+            raise ValueError("the observer is broken")
+
+class Spare(MLP):
+    """A head with a parameter that takes no part."""
+    def build(self, in_dim, run):
+        head = super().build(in_dim, run)
+        head.spare = torch.nn.Parameter(torch.zeros(3))
+        return head
 '''
 
 
@@ -157,6 +198,47 @@ def test_a_process_that_is_killed_is_started_again_and_the_run_ends_with_the_sam
 
 
 @pytest.mark.slow
+def test_one_that_is_killed_before_the_first_step_is_started_again_in_the_new_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert sslkit("train", recipe, "--steps", 3).returncode == 0
+    dies = f"loss.use={tmp_path}/trouble.py:Dies"
+    for _ in range(3):  # a process that is started again must not meet what the dead one left
+        command = ["train", recipe, "--resume", "never", "--nproc", 2, "--steps", 4, "--allow-local-code"]
+        done = sslkit(*command, "--set", dies)
+        assert done.returncode == 0, done.stderr
+        assert "refused" not in done.stderr
+    assert read_json(tmp_path / "runs" / "tiny" / "status.json")["step"] == 3
+    for number in (2, 3, 4):
+        assert read_json(tmp_path / "runs" / f"tiny-{number}" / "status.json")["step"] == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("options", "line", "code"),
+    [
+        (["data_source.use=TROUBLE:Failing"], "image 7 cannot be read any more", 1),
+        (["loss.use=TROUBLE:Trouble", 'observers=[{use="TROUBLE:Quitter"}]'], "the observer is broken", 1),
+        (["projector.use=TROUBLE:Spare", "projector.hidden_dim=9", "projector.out_dim=8"], "online.projector.spare", 1),
+    ],
+    ids=["data", "observer", "parameter"],
+)  # fmt: skip
+def test_what_fails_in_one_process_keeps_no_other_waiting(
+    recipe: Path, tmp_path: Path, options: Sequence[str], line: str, code: int
+) -> None:
+    arguments = [part for o in options for part in ("--set", o.replace("TROUBLE", f"{tmp_path}/trouble.py"))]
+    done = sslkit(
+        "train", recipe, "--run-dir", tmp_path / "run", "--nproc", 2, "--allow-local-code", *arguments, WHAT="nan",
+        TROUBLE="1@5",
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert done.stderr.count(line) == 1, done.stderr
+    assert "does not answer" not in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process_stops_all_before_the_update(recipe: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     done = troubled(recipe, run, "nan")
@@ -199,7 +281,7 @@ def test_a_process_that_hangs_is_given_up(recipe: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_the_command_passes_a_signal_on(recipe: Path, undisturbed: Path, tmp_path: Path, number: int) -> None:
     run = tmp_path / "run"
     command = ["train", str(recipe), "--run-dir", str(run), "--nproc", "2"]
@@ -212,8 +294,9 @@ def test_the_command_passes_a_signal_on(recipe: Path, undisturbed: Path, tmp_pat
         process.kill()
     told = read_json(run / "status.json")
     if told["status"] != "done":  # it may just have been quicker
-        assert told["status"] == ("preempted" if number == signal.SIGTERM else "interrupted")
-        assert process.returncode == (0 if number == signal.SIGTERM else 130), said
+        assert told["status"] == ("interrupted" if number == signal.SIGINT else "preempted")
+        assert told["reason"] == signal.Signals(number).name
+        assert process.returncode == (130 if number == signal.SIGINT else 0), said
         assert checkpoint.listed(run / "checkpoints")[-1].name == f"step-{told['step']:09d}"
         assert sslkit(*command).returncode == 0
     assert losses(run) == losses(undisturbed)
@@ -274,6 +357,45 @@ def test_a_mistake_is_told_once(recipe: Path, tmp_path: Path, options: Sequence[
     assert done.stderr.count(line) == 1, done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("variables", "line"),
+    [
+        ({"WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}, "WORLD_SIZE is 2, and RANK, LOCAL_RANK, MASTER_PORT not set"),
+        (
+            {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "1", "RANK": "0", "LOCAL_RANK": "0",
+             "SSLKIT_PROCESS_TIMEOUT": "30m"},
+            "SSLKIT_PROCESS_TIMEOUT=30m: should be a number of seconds",
+        ),
+    ],
+)  # fmt: skip
+def test_variables_that_cannot_be_meant_are_told(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], line: str
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError) as told:
+        launch.train(str(recipe), run_dir=str(tmp_path / "run"))
+    assert told.value.lines[0].startswith(line)
+
+
+def test_an_error_is_left_for_good_and_a_success_by_the_first_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launcher.leave(130) == 130
+    assert launcher.left() is None
+    assert launcher.chosen("runs/x") is None
+    monkeypatch.setenv(launcher.OUTCOME, str(tmp_path / "exit-code"))
+    monkeypatch.setenv("RANK", "1")
+    assert launcher.leave(0) == 0
+    assert launcher.left() is None
+    assert launcher.leave_error(2)
+    assert not launcher.leave_error(1)
+    assert launcher.left() == 2
+    assert launcher.chosen() is None
+    launcher.chosen("runs/x-2")
+    assert launcher.chosen() == "runs/x-2"
 
 
 def test_the_option_is_taken_out_of_the_command_line() -> None:
