@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from sslkit import doctor
@@ -21,9 +23,13 @@ class Attending:
         facts: What is known of the run before it begins; findings that it accepts are not told.
         say: Tells the user one line.
         stop_on: How grave a finding makes the run count as lost.
+        keep: How many of the newest checkpoints the run keeps.
     """
 
-    def __init__(self, facts: Facts, say: Callable[[str], None], stop_on: Severity | None = None) -> None:
+    def __init__(
+        self, facts: Facts, say: Callable[[str], None], stop_on: Severity | None = None, keep: int = 0
+    ) -> None:
+        self.keep = keep
         self.course = Course(facts)
         self.stop_on = stop_on
         self.told: dict[str, Finding] = {}
@@ -37,6 +43,18 @@ class Attending:
         if run.step:  # what an earlier process recorded, and told
             self.course = Course(self.course.facts, {}, list(read_metrics(run.directory)))
             self.told = {f.id: f for f in doctor.during(self.course)}
+
+    @observes
+    def checkpoint_saved(self, path: Path) -> None:
+        """Once the first shows what one takes, tell if there is no room for those that will be there at a time."""
+        if self.keep:
+            size, free = sum(p.stat().st_size for p in path.iterdir()), shutil.disk_usage(path).free
+            if free < (self.keep + 1) * size:
+                self._say(
+                    f"warning: {path.parent}: a checkpoint takes {size / 2**20:,.1f} MiB, of which up to "
+                    f"{self.keep + 2} are there at a time, and {free / 2**20:,.1f} MiB are free on this disk"
+                )
+            self.keep = 0
 
     @observes
     def recorded(self, record: Mapping[str, Any]) -> None:

@@ -107,8 +107,12 @@ def save(
             raise
         why = (isinstance(error, OSError) and error.strerror) or error
         raise RunFailed(
-            f"{final}: the checkpoint could not be written: {why}; earlier ones are untouched, and once this is mended "
-            "the same command goes on from the newest"
+            f"{final}: the checkpoint could not be written: {why}; "
+            + (
+                "earlier ones are untouched, and once this is mended the same command goes on from the newest"
+                if listed(folder)
+                else "there is no earlier one: once this is mended, the same command begins anew"
+            )
         ) from error
     try:
         _checked(final)

@@ -230,7 +230,7 @@ def examine(course: Course, title: str, *, notes: Iterable[str] = (), accepted: 
         meant = [replace(f, key="", fix=without_keys(f.fix)) for f in meant]
     broken = rules()[1]
     over = course.status.get("status") in (None, "done", "failed", "lost")
-    unseen = bool(course.status) and not course.step and not course.status.get("step")
+    unseen = bool(course.status) and not course.step
     told = tuple(explained(meant))
     notes = (*notes, *_figures(course), *broken)
     return Examination(title, told, notes, len(broken), over, unseen, _unproven(course))

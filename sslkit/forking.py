@@ -45,7 +45,8 @@ def begin(recipe: Recipe, asked: Asked, *, resume: str) -> tuple[Recipe, Path]:
     run, start = run_of(InitFrom(run=str(source), branch="online"))
     if not (run / "recipe.lock.toml").is_file():
         there = "holds no run" if run.exists() else "is not there"
-        raise UserError(f"{given}: {local.near(run)} {there}, and a fork begins with the weights of a run")
+        name = "" if asked.fork else f"; give the directory of one: {given} RUN"
+        raise UserError(f"{given}: {local.near(run)} {there}, and a fork begins with the weights of a run{name}")
     recipe = recipe.model_copy(update={"init_from": start.model_copy(update={"run": run.as_posix()})})
     if asked.run_dir is not None:
         path = Path(asked.run_dir)

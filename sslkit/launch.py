@@ -133,7 +133,7 @@ def run(
                         fork=fork is not None, resuming=bool(checkpoint.listed(files.checkpoints)),
                     ))  # fmt: skip
                     world.first(lambda: tell_findings(known, source, overrides, console, strict=strict))
-                    attending = Attending(known, partial(say, console), stop_on)
+                    attending = Attending(known, partial(say, console), stop_on, settled.train.keep_checkpoints)
                     return Result.of(files.path, _train(parts, files, attending, signals, steps, console, world))
             say(console, f"{path}: {signals.status} before it trained; {spoken().again} takes it up")
             return Result.of(path, signals.status)
@@ -165,6 +165,8 @@ def _train(
         view_grid.write(parts.data, parts.run, parts.views, recipe.name, files.path / "views.png")
     ran = environment(sys.argv, recipe.provenance(), device_name(device), world.size, parts.data.fingerprint)
     files.write("env.json", json.dumps(ran | {"initialised": parts.initialised}, indent=1) + "\n")
+    if found is None:
+        files.forget_failure()
     files.write("bad_samples.jsonl", "".join(json.dumps(dict(bad)) + "\n" for bad in parts.data.bad))
     if lost := files.open_metrics(int(found.facts["metrics_offset"]) if found else 0):
         say(console, f"warning: {files.path / 'metrics.jsonl'}: {lost} bytes of records are gone that were there when "

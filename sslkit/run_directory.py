@@ -142,6 +142,11 @@ class RunDirectory:
         self.write("traceback.txt", text)
         return self.path / "traceback.txt"
 
+    def forget_failure(self) -> None:
+        """Remove what an earlier run, of which nothing is left, failed of."""
+        for name in ("bad_batch.json", "traceback.txt"):
+            (self.path / name).unlink(missing_ok=True)
+
     def _put(self, path: Path, text: str | bytes) -> None:
         try:
             if path.parent != self.path:
@@ -268,6 +273,9 @@ class OtherProcess(RunDirectory):
         with contextlib.suppress(OSError):
             path.write_text(text, encoding="utf-8")
         return path
+
+    def forget_failure(self) -> None:
+        """Nothing is removed."""
 
     def claim(self) -> None:
         """Nothing is claimed."""

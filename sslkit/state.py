@@ -73,8 +73,8 @@ def shortage(parts: Parts, folder: Path) -> str | None:
     if disk.total == 0 or disk.free >= (keep + 2) * usual:  # some network file systems do not tell
         return None
     told = f"{folder}: {_megabytes(disk.free)} are free on this disk, and a checkpoint takes"
-    if disk.free < least:
-        raise UserError(f"{told} {_megabytes(least)} at least; make room, or choose another folder for the run")
+    if disk.free < usual:
+        raise UserError(f"{told} about {_megabytes(usual)}; make room, or choose another folder for the run")
     return f"{told} about {_megabytes(usual)}, of which up to {keep + 2} are there at a time; make room while it trains"
 
 

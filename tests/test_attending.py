@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -75,3 +76,19 @@ def test_later_records_are_looked_at_now_and_then_and_measurements_always(monkey
     for step in range(201, 221):
         attending.recorded({"step": step, "loss": 0.5} if step != 213 else {"step": step, "knn_top1": 0.3})
     assert looks == [210, 213, 220]
+
+
+def test_too_little_room_is_told_once_a_checkpoint_shows_what_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "step-000000001"
+    path.mkdir()
+    (path / "model.safetensors").write_bytes(bytes(2**20))
+    said: list[str] = []
+    for free in (2 * 2**20, 5 * 2**20):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: SimpleNamespace(free=free))
+        attending = Attending(Facts(), said.append, keep=3)
+        attending.checkpoint_saved(path)
+        attending.checkpoint_saved(path)
+    (line,) = said
+    assert line.endswith("takes 1.0 MiB, of which up to 5 are there at a time, and 2.0 MiB are free on this disk")

@@ -359,10 +359,13 @@ def test_a_folder_with_everything_lists_exactly_what_is_bad(root: Path, info: Da
     assert np.array_equal(opened.train.read(torch.arange(len(GOOD))), np.stack(sound))
 
 
-def test_above_the_cap_all_of_them_are_listed_beside_the_cache(root: Path, info: DataInfo) -> None:
+def test_above_the_cap_all_of_them_are_listed_in_a_file(
+    root: Path, info: DataInfo, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     spoil(root)
     (line,) = told(lambda: Folder(root=str(root), size=8, workers=2).build(info))
-    listed = info.cache / "bad_samples.jsonl"
+    (listed,) = tmp_path.glob("sslkit-bad-samples-*.jsonl")
     assert f"10 of 23 training images cannot be read (43%, more than max_bad = 0.1%): {root}/bomb.png" in line
     assert f" and 7 more (all of them: {listed}); mend or remove them, or raise data_source.max_bad" in line
     assert [json.loads(text)["path"] for text in listed.read_text().splitlines()] == [str(root / n) for n in BAD]

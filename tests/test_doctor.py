@@ -48,7 +48,7 @@ def test_a_cause_is_as_grave_as_what_it_brings_about_and_told_before_it() -> Non
 def test_the_verdict_and_the_exit_code_are_those_of_the_worst() -> None:
     healthy = examine(Course(Facts(batch_size=64), records=[{"loss": 0.5}]), "a run")
     assert (healthy.verdict, healthy.exit_code) == ("healthy", 0)
-    going = examine(Course(Facts(), status={"status": "running", "step": 3}), "a run")
+    going = examine(Course(Facts(), records=[{"step": 3}], status={"status": "running", "step": 3}), "a run")
     assert going.verdict == "healthy so far"
     warned = examine(Course(Facts(batch_size=2)), "a run")
     assert (warned.verdict, warned.exit_code) == ("usable, with a warning to look at", 1)

@@ -85,15 +85,20 @@ class Failing(Digits):
     """A source whose images cannot be read any more in one process, as when a file was removed."""
     def build(self, info):
         opened = super().build(info)
-        opened.train.tensor, whole = None, opened.train.tensor
-        reads = []
-        def read(indices):
-            reads.append(1)
-            if os.environ.get("RANK") == "1" and len(indices) == 64 and len(reads) > 20:
-                raise RunFailed("image 7 cannot be read any more")
-            return whole[indices]
-        opened.train.read = read
+        opened.train = Rotting(opened.train)
         return opened
+
+class Rotting:
+    tensor = None
+    def __init__(self, images):
+        self.images, self.labels, self.shares = images, images.labels, 0
+    def __len__(self):
+        return len(self.images)
+    def read(self, indices):
+        self.shares += len(indices) == 64
+        if os.environ.get("RANK") == "1" and self.shares > 7:
+            raise RunFailed("image 7 cannot be read any more")
+        return self.images.read(indices)
 
 class Quitter(Observer):
     """An observer that fails at a step."""

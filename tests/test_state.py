@@ -23,8 +23,8 @@ def test_room_is_known_before_the_first_step(tmp_path: Path, monkeypatch: pytest
         recipe=SimpleNamespace(train=SimpleNamespace(keep_checkpoints=3)),
     )  # fmt: skip
     for free, total, says in (
-        (3.9, 100, UserError),
-        (4.1, 100, "a checkpoint takes about 8.0 MiB, of which up to 5 are there at a time"),
+        (7.9, 100, UserError),
+        (8.1, 100, "a checkpoint takes about 8.0 MiB, of which up to 5 are there at a time"),
         (39.9, 100, "39.9 MiB are free on this disk"),
         (40.0, 100, None),
         (0.0, 0, None),
@@ -32,7 +32,9 @@ def test_room_is_known_before_the_first_step(tmp_path: Path, monkeypatch: pytest
         usage = SimpleNamespace(free=int(free * 2**20), total=total)
         monkeypatch.setattr(state.shutil, "disk_usage", lambda _, usage=usage: usage)  # type: ignore[attr-defined]
         if says is UserError:
-            with pytest.raises(UserError, match=r"3\.9 MiB are free on this disk, and a checkpoint takes 4\.0 MiB at"):
+            with pytest.raises(
+                UserError, match=r"7\.9 MiB are free on this disk, and a checkpoint takes about 8\.0 MiB"
+            ):
                 state.shortage(parts, tmp_path)
         else:
             found = state.shortage(parts, tmp_path)

@@ -91,7 +91,6 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
             which=which,
             max_bad=spec.max_bad,
             advice=", or raise data_source.max_bad",
-            cache=info.cache,
         )
         bad += left_out
         fingerprint.add(which)

@@ -8,6 +8,7 @@ import json
 import os
 import stat
 import sys
+import tempfile
 import threading
 import warnings
 from collections import Counter
@@ -25,7 +26,6 @@ from torch import Tensor
 
 from sslkit.api import Images
 from sslkit.errors import RunFailed, UserError, printable
-from sslkit.files import in_one_piece
 from sslkit_datasets.decode import BadImageError, Pixels, decode
 
 Item = bytes | Path | None
@@ -296,7 +296,6 @@ def sift(
     which: str,
     max_bad: float,
     advice: str,
-    cache: Path,
 ) -> tuple[list[int], list[dict[str, str]]]:
     """Part the images that can be read from those that cannot.
 
@@ -306,7 +305,6 @@ def sift(
         which: `training` or `test`.
         max_bad: the largest share that may be bad.
         advice: what to do about bad images beside mending them, as the end of a sentence.
-        cache: the folder in which all bad images are listed if the run does not begin.
 
     Returns:
         The indices of the readable images, and `path` and `problem` of each of the others.
@@ -319,24 +317,24 @@ def sift(
     if not good or len(bad) / len(problems) > max_bad:
         share = f"{100 * len(bad) / len(problems):.2g}%, more than max_bad = {100 * max_bad:g}%" if good else "all"
         raise UserError(
-            f"{len(bad)} of {len(problems)} {which} images cannot be read ({share}): {few(bad)}{_listed(bad, cache)}; "
+            f"{len(bad)} of {len(problems)} {which} images cannot be read ({share}): {few(bad)}{_listed(bad)}; "
             f"mend or remove them{advice}"
         )
     return good, bad
 
 
-def _listed(bad: Sequence[Mapping[str, str]], cache: Path) -> str:
+def _listed(bad: Sequence[Mapping[str, str]]) -> str:
     """Where all of them are listed, if that takes a file; there is no run's directory yet."""
     if len(bad) <= _FEW:
         return ""
-    path = cache / "bad_samples.jsonl"
     try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with in_one_piece(path) as staging:
-            staging.write_text("".join(json.dumps(dict(b)) + "\n" for b in bad), encoding="utf-8")
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="sslkit-bad-samples-", suffix=".jsonl", delete=False, encoding="utf-8"
+        ) as file:
+            file.write("".join(json.dumps(dict(b)) + "\n" for b in bad))
     except OSError:
         return ""
-    return f" (all of them: {shown(path)})"
+    return f" (all of them: {shown(Path(file.name))})"
 
 
 def few(bad: Sequence[Mapping[str, str]]) -> str:

@@ -92,9 +92,9 @@ def read_sets(train: Sequence[Path], test: Sequence[Path], options: Options, inf
     Raises:
         UserError: as `open_parquet`.
     """
-    sets = {"training": _read(train, "training", options, info.cache)}
+    sets = {"training": _read(train, "training", options)}
     if test:
-        sets["test"] = _read(test, "test", options, info.cache)
+        sets["test"] = _read(test, "test", options)
         _compare(sets["training"], sets["test"])
     fingerprint = Fingerprint(source="parquet", size=options.size, channels=options.channels)
     for which, rows in sets.items():
@@ -194,7 +194,7 @@ def whole(files: list[Path]) -> list[Path]:
 # ---------------------------------------------------------------- what the rows hold
 
 
-def _read(files: Sequence[Path], which: str, options: Options, cache: Path) -> _Rows:
+def _read(files: Sequence[Path], which: str, options: Options) -> _Rows:
     opened = [_open(file) for file in files]
     image_column, label_column = _columns(files[0], opened[0].schema_arrow, options)
     for file, parquet in zip(files, opened, strict=True):
@@ -251,7 +251,6 @@ def _read(files: Sequence[Path], which: str, options: Options, cache: Path) -> _
         which=which,
         max_bad=options.max_bad,
         advice=options.advice,
-        cache=cache,
     )
     class_names = None if label_column is None else _class_names(opened[0].schema_arrow, label_column)
     checked = None if label_column is None else _checked(labels, label_column, files[0], class_names)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from sslkit import report, snapshot
+from sslkit.errors import SslkitError
 from sslkit.events import Run, observes
 
 LEISURELY = ("done", "stopped")
@@ -43,4 +44,5 @@ class ReportObserver:
 
 
 def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    first = str(error).partition("\n")[0]
+    return first.removeprefix("--out ") if isinstance(error, SslkitError) else f"{type(error).__name__}: {first}"
