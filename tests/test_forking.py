@@ -208,8 +208,9 @@ def test_parts_that_do_not_fit_any_more_are_left_out_with_a_word_and_the_lock_na
     [
         (["--fork", "runs/gone"], "--fork: runs/gone is not there, and a fork begins with the weights of a run"),
         (["--fork", "runs"], "--fork: runs holds no run, and a fork begins with the weights of a run"),
-        (["--fork", "--set", "name=x"], "--fork: runs/x is not there, and a fork begins with the weights of a run; give "
-         "the directory of one: --fork RUN"),
+        (["--fork", "--set", "name=x"],
+         "--fork: runs/x is not there, and a fork begins with the weights of a run; give the directory of one: "
+         "--fork RUN"),
         (["--fork", "--run-dir", "runs/tiny"],
          "--fork: runs/tiny is the run to fork itself; choose another --run-dir"),
         (["--fork", "--set", "backbone.widths=[8, 16]"],
