@@ -173,7 +173,7 @@ with joined(torch.device("cpu")) as (world, _):
         world.words(0, 1.5 + world.rank)
         raise SystemExit("the same digest")
     except RunFailed as error:
-        assert "1.5, 2.5" in error.lines[0]
+        assert "(1.5, 0; 2.5, 0)" in error.lines[0]
     told = world.together(lambda: tells(RunFailed("x"), world), all_of_them=True)
     assert sorted(told) == [False, True]
     if world.rank == 1:
