@@ -34,7 +34,8 @@ import torch
 import sslkit
 from sslkit import checkpoint
 from sslkit.cli import main as command
-from sslkit.run_directory import environment, read_metrics
+from sslkit.environment import environment
+from sslkit.run_directory import read_metrics
 
 STEPS = 30
 RECIPE = f"""

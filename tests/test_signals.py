@@ -261,7 +261,7 @@ def test_while_data_does_not_come(tiny: Path, whole: Path, monkeypatch: pytest.M
     ("owner", "name", "call"),
     [
         (preparation, "build", 1),
-        pytest.param(launch, "_newest_checkpoint", 1, marks=pytest.mark.slow),
+        pytest.param(launch, "newest_checkpoint", 1, marks=pytest.mark.slow),
         pytest.param(launch, "announce", 1, marks=pytest.mark.slow),
         (evaluate, "features", 1),
         (Trainer, "_optimize", 1),

@@ -224,7 +224,7 @@ CASES = [
     Case(SkipsFrozen(), "update", "'3.bias' nearer to the online one.*trained or not"),
     Case(MovesOnline(), "update", "changes the online network .*; only write to the target"),
     Case(OwnTau(), "update_masked", r"with tau = 1 changes the target's .*with the tau that is given"),
-    Case(ByProcess(), "two_processes", "have different weights .*nothing that moves parameters may depend on the"),
+    Case(ByProcess(), "two_processes", "have different weights or state .*nothing that moves them may depend on the"),
     Case(source(floats)(), "images", r"torch.float32.*; it should be a uint8 tensor \[n, C, H, W\]"),
     Case(source(unordered)(), "images", "not the images in the order of indices; index each image"),
     Case(source(other)(), "images", r"train.tensor is .* not the images that read\(\) gives; make it uint8"),
