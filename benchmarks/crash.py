@@ -250,7 +250,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--write", action="store_true", help="write the figures to benchmarks/crash.json")
     options = parser.parse_args()
-    where = environment(sys.argv, [], "cpu", "")  # the commit of the code, before the folder changes
+    where = environment(sys.argv, [], "cpu", 1, "")  # the commit of the code, before the folder changes
     with tempfile.TemporaryDirectory() as name, contextlib.chdir(name):
         Path("crash.toml").write_text(RECIPE)
         Path("order.py").write_text(ORDER)

@@ -208,7 +208,7 @@ def _train_by_id(run: tuple[str, int, Path]) -> None:
 
 
 def _write(seeds: list[int], results: list[Result], figures: dict[str, Any]) -> None:
-    where = environment(sys.argv, [], "cpu", "")
+    where = environment(sys.argv, [], "cpu", 1, "")
     RESULTS.write_text(json.dumps({
         "command": f"python benchmarks/doctor.py --out RUNS --seeds {' '.join(map(str, seeds))} --write",
         "seeds": seeds, "commit": where["git"]["commit"], "changed": where["git"]["changed"],
