@@ -166,8 +166,6 @@ def survived(mutation: Mutation) -> str:
     with tempfile.TemporaryDirectory() as name:
         tree = copied(Path(name))
         source = (tree / mutation.file).read_text(encoding="utf-8")
-        if source.count(mutation.old) != 1:
-            return f"{mutation.file} has {source.count(mutation.old)} times what it replaces"
         (tree / mutation.file).write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
         code, said = tested(tree, mutation.test)
     if code == 1:  # tests were run, and some failed
@@ -179,7 +177,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", metavar="NAME", help="only these; all without")
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--list", action="store_true", help="only their names, once each is found in the code")
     options = parser.parse_args()
+    for mutation in MUTATIONS:
+        if (ROOT / mutation.file).read_text(encoding="utf-8").count(mutation.old) != 1:
+            print(f"{mutation.name}: {mutation.file} does not have what it replaces, or has it twice")
+            return 2
+    if options.list:
+        print("\n".join(mutation.name for mutation in MUTATIONS))
+        return 0
     chosen = [m for m in MUTATIONS if not options.names or m.name in options.names]
     with tempfile.TemporaryDirectory() as name:
         code, said = tested(copied(Path(name)), *dict.fromkeys(m.test for m in chosen))

@@ -278,7 +278,7 @@ def test_a_signal_to_one_process_stops_all_at_one_step(recipe: Path, undisturbed
 
 @pytest.mark.slow
 def test_a_process_that_hangs_is_given_up(recipe: Path, tmp_path: Path) -> None:
-    done = troubled(recipe, tmp_path / "run", "hang", SSLKIT_PROCESS_TIMEOUT="20")
+    done = troubled(recipe, tmp_path / "run", "hang", SSLKIT_PROCESS_TIMEOUT="12")
     # The others end when it has not answered for long, and all of them are started again.
     assert "does not answer" in done.stderr
     assert done.returncode == 0, done.stderr
