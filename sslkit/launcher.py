@@ -109,15 +109,17 @@ def leave_error(code: int) -> bool:
     return True
 
 
-def chosen(directory: str | None = None) -> str | None:
-    """The directory of the run that was begun, to be noted or, by a process that is started again, read."""
+def note_directory(directory: str) -> None:
+    """Note which run was begun, for processes that are started again."""
+    if path := os.environ.get(OUTCOME):
+        Path(path).with_name("directory").write_text(directory)
+
+
+def noted_directory() -> str | None:
+    """The directory of the run that processes before these had begun."""
     path = os.environ.get(OUTCOME)
-    note = path and Path(path).with_name("directory")
-    if not note:
-        return None
-    if directory is not None:
-        note.write_text(directory)
-    return note.read_text() if note.exists() else None
+    note = Path(path).with_name("directory") if path else None
+    return note.read_text() if note and note.exists() else None
 
 
 def left() -> int | None:

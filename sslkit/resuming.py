@@ -33,7 +33,7 @@ def chosen(recipe: Recipe, asked: Asked, resume: str, world: World) -> tuple[Rec
     if asked.run_dir == "":  # as an unset variable of a shell gives
         raise UserError(f"{spoken().run_dir} is empty; name a directory, or leave it out")
     if restarted() and (resume == "never" or asked.fork is not None):  # to go on with what was begun
-        begun = asked.run_dir or launcher.chosen()
+        begun = asked.run_dir or launcher.noted_directory()
         if begun is None and resume == "never":
             raise UserError(
                 f"{spoken().resume_never}: torchrun has started the processes again, and which run they had begun is "
@@ -49,7 +49,7 @@ def _chosen_here(recipe: Recipe, asked: Asked, resume: str) -> tuple[InitFrom | 
         path = _directory(recipe.name, asked.run_dir, resume)
     else:
         recipe, path = forking.begin(recipe, asked, resume=resume)
-    launcher.chosen(str(path))
+    launcher.note_directory(str(path))
     return recipe.init_from, path
 
 

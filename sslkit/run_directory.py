@@ -178,9 +178,8 @@ class RunDirectory:
         self.claim()
         now = datetime.now(UTC).isoformat(timespec="seconds")
         who = {key: self._attempt[key] for key in ("attempt", "host", "pid")}
-        self.write(
-            "status.json", json.dumps({"status": state, "time": now, **who, **self.lasting, **facts}, indent=1) + "\n"
-        )
+        told = {"status": state, "time": now, **who, **self.lasting, **facts}
+        self._put(self.path / "status.json", json.dumps(told, indent=1) + "\n")
         self.told = state
 
     def ended_early(self, state: str, **facts: Any) -> None:

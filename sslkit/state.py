@@ -65,9 +65,9 @@ def shortage(parts: Parts, folder: Path) -> str | None:
     Raises:
         UserError: there is no room for a single one.
     """
-    state = [*parts.model.state_dict().values(), *parts.loss.state_dict().values()]
-    least = sum(value.nbytes for value in state if isinstance(value, Tensor))
-    usual = least + sum(parameter.nbytes for group in parts.groups for parameter in group.parameters)
+    tensors = [*parts.model.state_dict().values(), *parts.loss.state_dict().values()]
+    tensors += [parameter for group in parts.groups for parameter in group.parameters]
+    usual = sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
     keep = parts.recipe.train.keep_checkpoints  # one more is written before one is removed, and the best is kept
     disk = shutil.disk_usage(folder)
     if disk.total == 0 or disk.free >= (keep + 2) * usual:  # some network file systems do not tell

@@ -390,7 +390,8 @@ def test_an_error_is_left_for_good_and_a_success_by_the_first_alone(
 ) -> None:
     assert launcher.leave(130) == 130
     assert launcher.left() is None
-    assert launcher.chosen("runs/x") is None
+    launcher.note_directory("runs/x")
+    assert launcher.noted_directory() is None
     monkeypatch.setenv(launcher.OUTCOME, str(tmp_path / "exit-code"))
     monkeypatch.setenv("RANK", "1")
     assert launcher.leave(0) == 0
@@ -398,9 +399,9 @@ def test_an_error_is_left_for_good_and_a_success_by_the_first_alone(
     assert launcher.leave_error(2)
     assert not launcher.leave_error(1)
     assert launcher.left() == 2
-    assert launcher.chosen() is None
-    launcher.chosen("runs/x-2")
-    assert launcher.chosen() == "runs/x-2"
+    assert launcher.noted_directory() is None
+    launcher.note_directory("runs/x-2")
+    assert launcher.noted_directory() == "runs/x-2"
 
 
 def test_the_option_is_taken_out_of_the_command_line() -> None:
