@@ -19,10 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from PIL import Image
 
 from sslkit import registry
 from sslkit.api import RunInfo
+from sslkit.cli import main
 
 ROOT = Path(__file__).parent.parent
 
@@ -79,6 +81,14 @@ queries = 100
 k = 20
 """
 """BYOL on a network of a few thousand parameters: 10 steps an epoch, a second or two in all."""
+
+
+def run(*arguments: str) -> Result:
+    """What a command ends with and says, which is never a traceback."""
+    result = CliRunner().invoke(main, list(arguments))
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    assert "Traceback" not in result.output
+    return result
 
 
 OFFLINE = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]

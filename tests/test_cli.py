@@ -11,23 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from click.testing import CliRunner, Result
-from conftest import Install
+from conftest import Install, run
 
 from sslkit import registry
-from sslkit.cli import main
 
 
 @pytest.fixture(autouse=True)
 def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: str) -> Result:
-    result = CliRunner().invoke(main, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    return result
 
 
 def command(*arguments: str) -> list[str]:

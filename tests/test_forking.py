@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import Result
 from conftest import TINY as WHOLE
+from conftest import run
 
 import sslkit
 from sslkit import checkpoint
-from sslkit.cli import main
 from sslkit.recipe import parse_recipe, read_recipe
 from sslkit.run_directory import read_json, read_metrics
 
@@ -37,13 +37,6 @@ def _beside_the_run(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     shutil.copytree(source, tmp_path / "runs")
     (tmp_path / "tiny.toml").write_text(TINY)
     monkeypatch.chdir(tmp_path)
-
-
-def run(*arguments: str) -> Result:
-    result = CliRunner().invoke(main, list(arguments))
-    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
-    assert "Traceback" not in result.output
-    return result
 
 
 def fork(*arguments: str, steps: int = 3) -> Result:
