@@ -34,13 +34,18 @@ from sslkit.contracts import (
     Images,
     ImageSet,
     LossModule,
+    Ordered,
+    Originals,
+    OriginalViewMaker,
     ParamGroup,
+    Portable,
     RunInfo,
     TargetModule,
     ViewMaker,
 )
 from sslkit.errors import UserError
 from sslkit.installed import API_VERSION
+from sslkit.looking import Look
 
 if TYPE_CHECKING:
     import torch
@@ -48,9 +53,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "API_VERSION", "Backbone", "BackboneModule", "Branches", "Component", "DataInfo", "DataSource", "GroupOptions",
-    "Head", "HeadModule", "ImageSet", "Images", "Incidental", "Loss", "LossModule", "LossTerms", "Needs", "Observer",
-    "Optimizer", "ParamGroup", "RunInfo", "Schedule", "Scheduled", "TargetModule", "TargetUpdater", "Value",
-    "ViewGenerator", "ViewMaker", "ViewSpec", "slot", "value_of",
+    "Head", "HeadModule", "ImageSet", "Images", "Incidental", "Look", "Loss", "LossModule", "LossTerms", "Needs",
+    "Observer", "Optimizer", "Ordered", "OriginalViewMaker", "Originals", "ParamGroup", "Portable", "RunInfo",
+    "Schedule", "Scheduled", "TargetModule", "TargetUpdater", "Value", "ViewGenerator", "ViewMaker", "ViewSpec", "slot",
+    "value_of",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- components
@@ -181,6 +187,19 @@ class DataSource(Component):
         """
         raise NotImplementedError
 
+    def look(self, info: DataInfo, limit: int = 0) -> Look:
+        """What lies there, for `sslkit init`: sizes, kinds, classes, files that are equal or cannot be read. May be
+        left out.
+
+        Args:
+            info: As `build` takes it.
+            limit: How many files to decode, spread over all; 0 for all.
+
+        Raises:
+            UserError: there is nothing to look at.
+        """
+        raise UserError(f"data_source {registry.name_of(type(self))!r} cannot say what its images are like")
+
 
 # ---------------------------------------------------------------- views
 
@@ -205,6 +224,19 @@ class Backbone(Component):
     def build(self, run: RunInfo) -> nn.Module:
         """A module that meets `BackboneModule`."""
         raise NotImplementedError
+
+    def portable(self, run: RunInfo) -> Portable | None:
+        """How a public library builds the same network; None where none does. May be left out."""
+        return None
+
+    def pretrained_weights(self, name: str, run: RunInfo) -> Mapping[str, torch.Tensor]:
+        """The state dict of what `build` makes, with the weights that a public library has under this name. May be
+        left out.
+
+        Raises:
+            UserError: there are none, or they do not fit.
+        """
+        raise UserError(f"init_from.timm: backbone {registry.name_of(type(self))!r} is not one of timm's")
 
 
 class Head(Component):

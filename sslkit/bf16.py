@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from sslkit import evaluate
+from sslkit import features
 from sslkit.api import RunInfo
 from sslkit.errors import UserError
 
@@ -26,7 +26,7 @@ def refuse_broken_bf16(backbone: nn.Module, run: RunInfo) -> None:
         if isinstance(module, nn.Conv2d) and max(module.stride) > 1 and max(module.kernel_size) > 1
     ]
     for size in sorted({view.size for view in run.views}):
-        with evaluate.in_eval_mode(backbone):
+        with features.in_eval_mode(backbone):
             backbone(torch.zeros(1, run.channels, size, size))
         if found:
             raise UserError(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
-from sslkit import evaluate, randomness, registry
+from sslkit import features, randomness, registry
 from sslkit.api import (
     Component,
     DataInfo,
@@ -137,6 +137,7 @@ def describe_run(recipe: Recipe, data: ImageSet, device: torch.device, processes
         world_size=processes,
         class_names=data.class_names,
         labelled=data.train.labels is not None,
+        originals=getattr(data.train, "sizes", None) is not None,
     )
 
 
@@ -356,7 +357,7 @@ def _tried(spec: Component, network: nn.Module, attribute: str, given: torch.Ten
     Raises:
         RunFailed: it is not so; training would only say that two matrices do not fit.
     """
-    with evaluate.in_eval_mode(network), torch.random.fork_rng(devices=[]):
+    with features.in_eval_mode(network), torch.random.fork_rng(devices=[]):
         made = _made(spec, lambda: network(given))
     width = getattr(network, attribute, None)
     if not isinstance(made, torch.Tensor) or not isinstance(width, int) or made.shape != (len(given), width):

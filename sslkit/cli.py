@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 import sslkit
-from sslkit import cli_plugins, launcher, registry, words
+from sslkit import cli_many, cli_plugins, cli_use, launcher, registry, words
 from sslkit.cli_options import leaving_out, local_code, overriding
 from sslkit.errors import SslkitError, printable
 
@@ -62,7 +62,7 @@ def main(ctx: click.Context, no_plugin: tuple[str, ...]) -> None:
     ctx.with_resource(registry.without(no_plugin))
 
 
-for _command in cli_plugins.COMMANDS:
+for _command in (*cli_use.COMMANDS, *cli_many.COMMANDS, *cli_plugins.COMMANDS):
     main.add_command(_command)
 
 

@@ -30,3 +30,36 @@ local_code = click.option(
     callback=lambda ctx, _, yes: ctx.find_root().with_resource(local.allowed(yes)),
     help='Run the code of files that a recipe names, as with use = "./my_head.py:WideHead".',
 )
+device = click.option(
+    "--device",
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    default="auto",
+    show_default=True,
+    help="Where to compute; auto is CUDA where there is a device.",
+)
+branch = click.option(
+    "--branch",
+    type=click.Choice(["evaluated", "online", "target"]),
+    default="evaluated",
+    show_default=True,
+    help="Whose weights; `evaluated` is the branch that the run's own figures are of.",
+)
+
+
+def _checkpoint(ctx: click.Context, param: click.Parameter, value: str) -> str | int:
+    if value in ("last", "best"):
+        return value
+    try:
+        return int(value)
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is neither 'last' nor 'best' nor the number of a step") from None
+
+
+checkpoint = click.option(
+    "--checkpoint",
+    callback=_checkpoint,
+    default="last",
+    show_default=True,
+    metavar="last|best|STEP",
+    help="Which weights; `best` is the checkpoint with the highest kNN accuracy.",
+)

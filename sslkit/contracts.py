@@ -8,7 +8,7 @@ same eight lines for each; docs/generate.py makes tables of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -42,9 +42,9 @@ class RunInfo:
     device: str
     """`"cpu"` or `"cuda"`."""
     image_size: int
-    """Side of the stored images, in pixels."""
+    """Side in pixels of the squares that `read` gives."""
     channels: int
-    """Of the stored images: 1 or 3."""
+    """Of the stored images: 1 for grey, 3 for RGB, up to 16 where a source gives other bands."""
     mean: tuple[float, ...]
     """Mean of the training images per channel, on the scale 0..1."""
     std: tuple[float, ...]
@@ -68,6 +68,8 @@ class RunInfo:
     weights_follow: bool = False
     """Whether a checkpoint's weights take the place of those that a network is built with, so that pretrained ones
     need not be fetched."""
+    originals: bool = False
+    """Whether views are cut from the images as they lie in their files, not from squares of `image_size`."""
 
 
 # ---------------------------------------------------------------- data and views
@@ -89,11 +91,43 @@ class Images(Protocol):
         ...
 
 
+class Originals(Images, Protocol):
+    """Images that can also be had as they lie in their files, of any size and shape, for views that are cut from them.
+
+    Where `sizes` is None there are only squares. A set whose images lie in shards may have `order` and `sample` too.
+    """
+
+    sizes: Tensor | None
+    """int32 `[N, 2]` on the CPU: height and width of what `original` gives."""
+
+    def original(self, index: int) -> Tensor:
+        """uint8 `[C, h, w]`, contiguous, upright and with the channels that the recipe says. Called from several
+        threads.
+
+        Raises:
+            RunFailed: the file is not what it was when the source was opened.
+        """
+        ...
+
+
+class Ordered(Images, Protocol):
+    """Images that are cheap to read in some orders only, because they lie in shards."""
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """int64 `[N]`: a permutation of the positions, of one epoch. It follows from the generator alone."""
+        ...
+
+    def sample(self, n: int) -> Tensor:
+        """int64, ascending: at most n positions, spread over the set and cheap to read together."""
+        ...
+
+
 class ImageSet(Protocol):
     """What a data source opens: images to train on, perhaps images to test on.
 
     Contract:
-        shapes: Images `[C, H, W]`, all of one size, C being 1 or 3. `read` of n indices gives `[n, C, H, W]`.
+        shapes: Images `[C, S, S]`, all of one size, C from 1 to 16. `read` of n indices gives `[n, C, S, S]`, and
+            `original`, where there is one, an image's own `[C, h, w]`.
         dtype: Images uint8, as stored: neither scaled nor normalised. Labels int64 from 0 on.
         device: The CPU. Where `tensor` is small enough the engine keeps a copy on the device.
         autocast: Not concerned.
@@ -158,7 +192,38 @@ class ViewMaker(Protocol):
         ...
 
 
+class OriginalViewMaker(ViewMaker, Protocol):
+    """A view generator that can also cut its crops from images of any size, one image at a time."""
+
+    def draw_sized(self, sizes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        """As `draw`, for images of these heights and widths, int `[n, 2]`. Where all are squares of `image_size` it
+        gives what `draw` gives."""
+        ...
+
+    def cut(self, original: Tensor, row: Mapping[str, Tensor]) -> list[Tensor]:
+        """One image uint8 `[C, h, w]` -> V crops uint8 `[C, s, s]`, each as large as its view and flipped where it is
+        to be. `row` is the image's own parameters, without their first dimension. Called from several threads. The
+        crops, stacked and on the scale 0..1, are what `appear` then takes."""
+        ...
+
+
 # ---------------------------------------------------------------- networks, loss and target
+
+
+@dataclass(frozen=True)
+class Portable:
+    """How a public library builds the network that a backbone's weights fit into, for whoever has no sslkit."""
+
+    library: Literal["timm"]
+    architecture: str
+    """`resnet18`, as the library names it."""
+    arguments: Mapping[str, Any]
+    """What its constructor is given, beside the architecture."""
+    after: tuple[str, ...] = ()
+    """Lines of Python that then change `model`, as another stem needs; they use `nn` of torch."""
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """What the library's own configuration of weights says of the network: `first_conv`, `classifier`,
+    `fixed_input_size`, `global_pool`."""
 
 
 class BackboneModule(Protocol):

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import json
-import tomllib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable
 from os import PathLike
-from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Literal, cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, SerializeAsAny, TypeAdapter, ValidationError
 from torch import Tensor, nn
 
-from sslkit import checkpoint as checkpoints
-from sslkit import complaints, local, randomness, registry
-from sslkit.api import Backbone, RunInfo, ViewGenerator, slot
-from sslkit.errors import RunFailed, UserError
-from sslkit.evaluate import in_eval_mode
-from sslkit.positions import lines_of
-from sslkit.run_directory import refuse_strays
+from sslkit.errors import UserError
+from sslkit.features import in_eval_mode
+from sslkit.opened_run import Branch, OpenedRun, open_run
 
 ROUNDING = 0.01
 """How far outside 0..1 float images may be, as resizing makes them."""
@@ -105,7 +96,7 @@ def _check_type(images: object) -> None:
 
 def load_encoder(
     run_dir: str | PathLike[str],
-    branch: Literal["evaluated", "online", "target"] = "evaluated",
+    branch: Branch = "evaluated",
     checkpoint: Literal["last", "best"] | int = "last",
     *,
     allow_local_code: bool = False,
@@ -124,114 +115,16 @@ def load_encoder(
         UserError: there is no run, no such checkpoint or branch, or a package is missing.
         RunFailed: the checkpoint is damaged.
     """
-    if branch not in ("evaluated", "online", "target"):
-        raise UserError(f"branch: should be 'evaluated', 'online' or 'target', not {branch!r}")
-    run = Path(run_dir)
-    tables, lock = _lock(run)
-    found = checkpoints.load(_chosen(run, checkpoint), wanted=("model",))
-    with local.allowed(allow_local_code):
-        needed = _components(tables, lock, found.facts.get("plugins", []))
-    try:
-        told = TypeAdapter(RunInfo).validate_python(found.facts["run"])
-        evaluated = found.facts["evaluated"]
-    except (KeyError, ValidationError):
-        raise UserError(f"{found.path}: was written by a version of sslkit that did not record what it was told of "
-                        "the run; train the run anew, or a step further, with this version") from None  # fmt: skip
-    info = replace(told, device="cpu", weights_follow=True)
-    with randomness.seeded(0, "encoder"):  # the weights are replaced; the caller's random numbers stay as they are
-        backbone = needed.backbone.build(info)
-    views = needed.view_generator.build(info)
-    chosen = evaluated if branch == "evaluated" else branch
-    prefix = f"{chosen}.backbone."
-    weights = {k.removeprefix(prefix): v for k, v in found.parts["model"].items() if k.startswith(prefix)}
-    if not weights and chosen == "target":
-        raise UserError(f"{run}: has no target network of its own; use branch='online'")
-    try:
-        backbone.load_state_dict(weights)
-    except Exception as error:  # whatever a stranger's load_state_dict raises
-        provider = registry.provider_of(type(needed.backbone))
-        was = _origin(found.facts.get("plugins", []), provider.key)
-        raise RunFailed(
-            f"{found.path}: its weights do not fit the backbone that {provider.origin} builds (trained with "
-            f"{was or 'an unknown version'}): {str(error).strip().partition(chr(10))[0]}"
-        ) from error
-    channels_last = bool(tables.get("train", {}).get("channels_last", True))
-    if channels_last:
-        backbone.to(memory_format=torch.channels_last)
+    return encoder_of(open_run(run_dir, branch, checkpoint, allow_local_code=allow_local_code))
+
+
+def encoder_of(opened: OpenedRun, backbone: nn.Module | None = None) -> ImageEncoder:
+    """The encoder of a run that was opened, or another backbone behind the same preparation."""
+    chosen = opened.backbone if backbone is None else backbone
+    if opened.channels_last:
+        chosen.to(memory_format=torch.channels_last)
     made = ImageEncoder(
-        backbone, views.clean, channels=info.channels, feature_dim=cast(int, backbone.feature_dim), step=found.step,
-        channels_last=channels_last,
+        chosen, opened.views.clean, channels=opened.info.channels, feature_dim=cast(int, chosen.feature_dim),
+        step=opened.step, channels_last=opened.channels_last,
     )  # fmt: skip
     return made.eval()
-
-
-# ---------------------------------------------------------------- reading
-
-
-class _Needed(BaseModel):
-    """The tables of a recipe that an encoder is made of."""
-
-    model_config = ConfigDict(extra="ignore", strict=True)
-
-    backbone: Annotated[SerializeAsAny[Backbone], slot("backbone")]
-    view_generator: Annotated[SerializeAsAny[ViewGenerator], slot("view_generator")]
-
-
-def _lock(run: Path) -> tuple[dict[str, Any], Path]:
-    path = run / "recipe.lock.toml"
-    refuse_strays(run)
-    try:
-        tables: dict[str, Any] = local.anchored(tomllib.loads(path.read_text(encoding="utf-8")), run)
-        return tables, path
-    except FileNotFoundError:
-        problem = "is not there" if not run.exists() else "is no run directory (it has no recipe.lock.toml)"
-        raise UserError(f"{run}: {problem}; give one such as runs/NAME") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
-
-
-def _chosen(run: Path, checkpoint: str | int) -> Path:
-    """The folder of the checkpoint that is asked for."""
-    folder = run / "checkpoints"
-    listed = checkpoints.listed(folder)
-    if not listed:
-        raise UserError(f"{run}: has no checkpoint yet; one is written every train.checkpoint_every steps and at the "
-                        "end of a run")  # fmt: skip
-    steps = {int(path.name.removeprefix("step-")): path for path in listed}
-    there = ", ".join(map(str, steps))
-    if checkpoint == "last":
-        return listed[-1]
-    if checkpoint == "best":
-        best = checkpoints.best(folder)
-        if best is None:
-            raise UserError(f"{run}: kNN was not measured at any of its checkpoints (steps {there}), so none is the "
-                            "best; use checkpoint='last' or a step")  # fmt: skip
-        return best
-    if checkpoint not in steps:
-        raise UserError(f"{run}: has no checkpoint {checkpoint!r}; choose 'last', 'best' or a step of {there}")
-    return steps[int(checkpoint)]
-
-
-def _components(tables: dict[str, Any], lock: Path, plugins: Sequence[Mapping[str, str]]) -> _Needed:
-    """The specs that are needed, from the run's own recipe."""
-    for kind in _Needed.model_fields:
-        use = tables.get(kind, {}).get("use")
-        was = _origin(plugins, f"{kind}.{use}")
-        if was and use not in registry.names(kind):
-            distribution, _, version = was.rpartition(" ")
-            raise UserError(f"{lock.parent}: its {kind} {use!r} is from {was}, which is not installed here: "
-                            f"pip install '{distribution}=={version}'")  # fmt: skip
-    known = lines_of(lock.read_text(encoding="utf-8"))
-
-    def place(keys: tuple[str | int, ...]) -> str:
-        return f"{lock}:{next((known[keys[:n]] for n in range(len(keys), 0, -1) if keys[:n] in known), 1)}"
-
-    try:
-        return _Needed.model_validate_json(json.dumps(tables, default=str))
-    except ValidationError as error:
-        raise UserError(*complaints.lines(error, tables, place, _Needed)) from None
-
-
-def _origin(plugins: Sequence[Mapping[str, str]], component: str) -> str:
-    """`distribution version` that a component of the run came from; empty if it was not recorded."""
-    return next((f"{p['distribution']} {p['version']}" for p in plugins if p.get("component") == component), "")

@@ -19,7 +19,7 @@ from sslkit import randomness, registry
 from sslkit.api import Images, TargetModule, ViewMaker
 from sslkit.batch_norm import is_normalisation
 from sslkit.build import Parts
-from sslkit.evaluate import in_eval_mode
+from sslkit.features import in_eval_mode
 from sslkit.health import target_drift
 from sslkit.loss_facts import loss_facts
 from sslkit.nn import Queue

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sslkit import evaluate
+from sslkit import features
 from sslkit.build import Parts
 from sslkit.errors import RunFailed, SslkitError
 from sslkit.events import Bus
@@ -26,12 +26,12 @@ class Measurements:
         """Whether the run has to end so soon that a measurement must not be waited for."""
         self.owed = False
         """Whether the epoch that ended at this step was not measured."""
-        self._features: evaluate.FeatureCache | None = None
+        self._features: features.FeatureCache | None = None
 
     def make(self, event: str, bus: Bus, run: Any) -> bool:
         """Emit an event in which observers measure. False if it was left: then it is as if it had not begun."""
         offset, before = self.files.metrics_offset, copy.deepcopy(bus.state_dict())
-        self._features = evaluate.FeatureCache()
+        self._features = features.FeatureCache()
         self.owed = self.owed or event == "epoch_ended"
         try:
             bus.emit(event, run=run)
@@ -56,9 +56,9 @@ class Measurements:
         images = parts.data.train if split == "train" else parts.data.test
         if images is None:
             raise RunFailed("this data source has no test images to measure on")
-        cache = self._features or evaluate.FeatureCache()
+        cache = self._features or features.FeatureCache()
         name = "online" if network is parts.model.online.backbone else "target"
-        return cache.get((name, split), indices, lambda missing: evaluate.features(
+        return cache.get((name, split), indices, lambda missing: features.features(
             network, images, missing, parts.views.clean, parts.device, bf16=train.precision == "bf16",
             channels_last=train.channels_last, poll=self._poll,
         ))  # fmt: skip
@@ -67,8 +67,8 @@ class Measurements:
         """See `sslkit.events.Run.view_projections`."""
         online, train, device = self.parts.model.online, self.parts.recipe.train, self.parts.device
         bf16 = torch.autocast(device.type, torch.bfloat16, enabled=train.precision == "bf16")
-        with evaluate.in_eval_mode(online), bf16:
-            return evaluate.view_projections(
+        with features.in_eval_mode(online), bf16:
+            return features.view_projections(
                 lambda pixels: online.forward(pixels), self.parts.data.train, indices, self.parts.views, views,
                 generator, device, channels_last=train.channels_last, poll=self._poll,
             )  # fmt: skip

@@ -124,6 +124,9 @@ class Train(BaseModel):
     """What `auto` chose, in lock files: where `compile` says the same, the recipe is still the one with `auto`."""
     clip_grad_norm: PositiveFloat | None = None
     """Scale gradients down to this norm over all parameters; without it they are left alone."""
+    freeze: tuple[Annotated[str, StringConstraints(min_length=1)], ...] | None = None
+    """Modules of the backbone that keep the weights and statistics that they begin with, by name or with `*`:
+    `["conv1", "bn1", "layer1"]`. They are not trained, and stay in eval mode."""
     log_every: Annotated[PositiveInt, Incidental] = 50
     """Optimizer steps between records of metrics."""
     checkpoint_every: Annotated[PositiveInt, Incidental] = 1000

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from sslkit.api import Images
-from sslkit.evaluate import chosen
 from sslkit.events import Run
+from sslkit.features import chosen
 from sslkit.files import in_one_piece
 from sslkit.health import eigenvalues, rank_of
 

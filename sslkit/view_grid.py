@@ -21,6 +21,7 @@ from sslkit import randomness
 from sslkit.api import Images, ImageSet, RunInfo, ViewMaker
 from sslkit.build import build_views, choose_device
 from sslkit.errors import RunFailed, UserError
+from sslkit.features import normalisation
 from sslkit.files import in_one_piece
 from sslkit.recipe import read_recipe
 from sslkit.view_words import Box, box, drawn, words
@@ -28,8 +29,6 @@ from sslkit.view_words import Box, box, drawn, words
 SUFFIXES = (".png", ".jpg", ".jpeg")
 SEARCHED = 10_000
 """Of so many images, in random order, those that are shown are taken: enough to find every class that is not rare."""
-TOLERANCE = 1e-4
-"""How far from a straight line a normalisation may be, as a share of its range, and still be undone."""
 
 PAPER, INK, SOFT, ALARM = "#ffffff", "#1b1f24", "#59636e", "#d00000"
 VIEW_COLOURS = ("#0969da", "#bc4c00", "#1a7f37", "#8250df", "#bf3989", "#9a6700", "#1b7c83", "#57606a")
@@ -115,17 +114,6 @@ def chosen(images: Images, seed: int, count: int) -> Tensor:
         turns.append((seen[label], place, label))  # the first of every class comes before the second of any
         seen[label] += 1
     return order[[place for _, place, label in sorted(sorted(turns)[:count], key=lambda turn: turn[2])]]
-
-
-def normalisation(views: ViewMaker, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
-    """What `clean` makes of black, and of white less black: each `[C, 1, 1]`. None unless it is a straight line."""
-    levels = torch.tensor([0, 128, 255], dtype=torch.uint8)
-    cleaned = views.clean(levels.view(3, 1, 1, 1).expand(3, *shape).contiguous()).double()
-    black, grey, white = cleaned[:, :, :1, :1]
-    span = white - black
-    even = (cleaned - cleaned[:, :, :1, :1]).abs().amax() <= TOLERANCE * span.abs().amin()
-    straight = ((grey - black - span * 128 / 255).abs() <= TOLERANCE * span.abs()).all()
-    return (black, span) if bool(even & straight & (span != 0).all() & span.isfinite().all()) else None
 
 
 def _undone(view: Tensor, line: tuple[Tensor, Tensor] | None) -> Tensor:

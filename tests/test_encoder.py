@@ -15,7 +15,7 @@ import sslkit
 from sslkit import registry
 from sslkit.build import open_data
 from sslkit.checkpoint import listed, sealed
-from sslkit.evaluate import chosen, knn_accuracy
+from sslkit.features import chosen, knn_accuracy
 from sslkit_convnet import ConvNet
 from sslkit_crops import TwoCrops
 from sslkit_ema import EMA, StopGradient

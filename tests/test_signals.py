@@ -20,7 +20,7 @@ from click.testing import CliRunner
 from conftest import TINY
 
 import sslkit
-from sslkit import checkpoint, doctor, evaluate, launch, preparation, report
+from sslkit import checkpoint, doctor, features, launch, preparation, report
 from sslkit.cli import main
 from sslkit.data import Feed
 from sslkit.errors import RunFailed
@@ -263,7 +263,7 @@ def test_while_data_does_not_come(tiny: Path, whole: Path, monkeypatch: pytest.M
         (preparation, "build", 1),
         pytest.param(launch, "newest_checkpoint", 1, marks=pytest.mark.slow),
         pytest.param(launch, "announce", 1, marks=pytest.mark.slow),
-        (evaluate, "features", 1),
+        (features, "features", 1),
         (Trainer, "_optimize", 1),
     ],
 )

@@ -15,7 +15,7 @@ from PIL import Image
 
 from sslkit import health, snapshot
 from sslkit.build import build
-from sslkit.evaluate import chosen
+from sslkit.features import chosen
 from sslkit.recipe import parse_recipe
 from sslkit.report import text as page_text
 from sslkit.run_directory import RunDirectory

@@ -18,8 +18,9 @@ from sslkit import view_grid
 from sslkit.batch import ViewSpec
 from sslkit.build import build, build_views
 from sslkit.errors import RunFailed, UserError
+from sslkit.features import normalisation
 from sslkit.recipe import parse_recipe
-from sslkit.view_grid import ALARM, draw, normalisation, samples, show, write
+from sslkit.view_grid import ALARM, draw, samples, show, write
 from sslkit.view_words import box, drawn, words
 
 RED = tuple(int(ALARM[i : i + 2], 16) for i in (1, 3, 5))

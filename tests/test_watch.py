@@ -10,9 +10,9 @@ import torch
 from conftest import TINY
 from torch import nn
 
-from sslkit import checkpoint, evaluate, health, randomness
+from sslkit import checkpoint, features, health, randomness
 from sslkit.build import build
-from sslkit.evaluate import chosen, knn_accuracy
+from sslkit.features import chosen, knn_accuracy
 from sslkit.recipe import DEFAULT_OBSERVERS, parse_recipe
 from sslkit.run_directory import RunDirectory, read_metrics
 from sslkit.trainer import Trainer
@@ -185,13 +185,13 @@ def test_knn_and_probe_share_the_features_of_a_step(
     trainer: Callable[..., Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forwarded: list[int] = []
-    plain = evaluate.features
+    plain = features.features
 
     def counted(network: Any, images: Any, indices: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
         forwarded.append(len(indices))
         return plain(network, images, indices, *rest, **named)
 
-    monkeypatch.setattr(evaluate, "features", counted)
+    monkeypatch.setattr(features, "features", counted)
     t = trainer("observers.probe.queries=60")
     t.fit(10)
     assert forwarded == [200, 100] * 2, "the probe's queries are among kNN's"

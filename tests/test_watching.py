@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import sslkit
 from sslkit import doctor
 from sslkit.errors import UserError
-from sslkit.evaluate import in_eval_mode, knn_accuracy
+from sslkit.features import in_eval_mode, knn_accuracy
 from sslkit.foreign.taps import find
 from sslkit.foreign.watching import Watch
 from sslkit.run_directory import read_json, read_metrics

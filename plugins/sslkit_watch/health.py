@@ -9,8 +9,8 @@ from torch import Tensor
 
 from sslkit import health, randomness
 from sslkit.batch import Branches
-from sslkit.evaluate import chosen
 from sslkit.events import Run, observes
+from sslkit.features import chosen
 from sslkit.panel import Panel
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from sslkit.evaluate import chosen, knn_record
 from sslkit.events import Run, observes
+from sslkit.features import chosen, knn_record
 
 if TYPE_CHECKING:
     from . import KNN

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sslkit.batch import Branches
-from sslkit.evaluate import chosen
 from sslkit.events import Run, observes
+from sslkit.features import chosen
 
 if TYPE_CHECKING:
     from . import Probe

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit.errors import UserError
-from sslkit.evaluate import CHUNK, in_eval_mode, knn_record
+from sslkit.features import CHUNK, in_eval_mode, knn_record
 
 TEMPERATURE = 0.1
 

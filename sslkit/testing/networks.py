@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit import randomness
-from sslkit.evaluate import in_eval_mode
+from sslkit.features import in_eval_mode
 from sslkit.testing.bench import BATCH, DIM, Bench, changed, data_info, default_random_state, finite, state_of
 from sslkit.testing.core import check
 from sslkit.testing.outcome import Nonconforming, described, require

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -14,6 +14,9 @@ from sslkit.api import Images, ViewMaker
 
 CHUNK = 500
 """Images per forward pass; one shape, so that evaluation never makes anything compile again."""
+
+TOLERANCE = 1e-4
+"""How far from a straight line a normalisation may be, as a share of its range, and still be undone."""
 
 
 @contextmanager
@@ -165,3 +168,14 @@ def chosen(images: Images, number: int) -> Tensor:
         return torch.arange(len(images))
     order = torch.randperm(len(images), generator=randomness.generator(0, "knn"))
     return order[:number].sort().values
+
+
+def normalisation(views: ViewMaker, shape: Sequence[int]) -> tuple[Tensor, Tensor] | None:
+    """What `clean` makes of black, and of white less black: each `[C, 1, 1]`. None unless it is a straight line."""
+    levels = torch.tensor([0, 128, 255], dtype=torch.uint8)
+    cleaned = views.clean(levels.view(3, 1, 1, 1).expand(3, *shape).contiguous()).double()
+    black, grey, white = cleaned[:, :, :1, :1]
+    span = white - black
+    even = (cleaned - cleaned[:, :, :1, :1]).abs().amax() <= TOLERANCE * span.abs().amin()
+    straight = ((grey - black - span * 128 / 255).abs() <= TOLERANCE * span.abs()).all()
+    return (black, span) if bool(even & straight & (span != 0).all() & span.isfinite().all()) else None

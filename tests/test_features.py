@@ -9,7 +9,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch import nn
 
 from sslkit.batch import ViewSpec
-from sslkit.evaluate import (
+from sslkit.features import (
     CHUNK,
     FeatureCache,
     features,

@@ -1,0 +1,1 @@
+"""Rules about how data reaches the device."""

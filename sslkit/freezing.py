@@ -1,0 +1,1 @@
+"""Modules of a backbone that keep what they begin with."""

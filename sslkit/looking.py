@@ -1,0 +1,40 @@
+"""What a data source found where its images lie: the facts that `sslkit init` chooses by. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Look:
+    """Facts about a set of images, before anything is trained on it. Paths are seen from the folder looked at."""
+
+    files: int
+    """Image files of the training set."""
+    test_files: int
+    """Image files of the test set; 0 where there is none."""
+    looked_at: int
+    """How many files, of both sets, were decoded."""
+    bytes: int
+    """Of all files."""
+    unreadable: Sequence[Mapping[str, str]]
+    """`path` and `problem` of each of the decoded ones that is broken."""
+    heights: Sequence[int]
+    """In pixels, upright, of each that was decoded."""
+    widths: Sequence[int]
+    modes: Mapping[str, int]
+    """How many there are of each kind: `RGB`, `grey`, `RGBA`, `palette`, `CMYK`, `16-bit grey`, `8 bands uint16`."""
+    channels: int
+    """What the kinds have in common: 1 where all are grey, 3 for colours, else the number of bands."""
+    classes: Mapping[str, int] | None
+    """Training images of each class; None where folders suggest none."""
+    test_classes: Mapping[str, int] | None
+    duplicates: Sequence[Sequence[str]]
+    """Groups of training files with the same bytes."""
+    in_both: Sequence[Sequence[str]]
+    """Groups of files with the same bytes that lie in both sets."""
+    value_range: tuple[float, float] | None
+    """The .1 and 99.9 percentile of values that are not 8-bit; None where all are."""
+    seconds_per_image: float
+    """What reading and decoding one took, in one thread."""

@@ -1,0 +1,1 @@
+"""Weights from a safetensors file, or from timm, to begin a run with."""
