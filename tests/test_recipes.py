@@ -59,12 +59,10 @@ def records(folder: str) -> list[dict[str, float]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", [0, 2, 3])
-def test_the_quickstart_ends_far_above_the_random_network(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_quickstart_ends_far_above_the_random_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seed 0 is the tutorial's (tests/test_docs.py) and seed 2 the wheel's (tests/test_wheel.py)."""
     monkeypatch.chdir(tmp_path)
-    run("train", "quickstart", "--set", f"seed={seed}")
+    run("train", "quickstart", "--set", "seed=3")
     knn = [r["knn_top1"] for r in records("runs/quickstart") if "knn_top1" in r]
     assert knn[0] < 0.35, "the random network"
     assert knn[-1] > 0.9
