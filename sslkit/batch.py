@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeAlias
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+Pixels: TypeAlias = "Tensor | tuple[Tensor, ...]"
+"""Squares, uint8 `[B, C, S, S]`; of a source of originals their crops, V times uint8 `[B, C, s, s]`."""
+
 
 @dataclass(frozen=True)
 class Batch:
-    """B images as they lie in the data set, and where they came from."""
+    """B images as they lie in the data set, or their crops, and where they came from."""
 
-    images: Tensor
-    """uint8 `[B, C, H, W]`."""
+    images: Pixels
     indices: Tensor
     """int64 `[B]`: positions in the training set."""
     labels: Tensor | None = None

@@ -36,6 +36,7 @@ from sslkit.errors import RunFailed, SslkitError, UserError
 from sslkit.initialise import Start
 from sslkit.recipe import Recipe
 from sslkit.siamese import Encoder, Siamese
+from sslkit.viewing import fitting
 from sslkit.words import spoken
 
 if TYPE_CHECKING:
@@ -151,7 +152,7 @@ def build_views(
     """
     data = open_data(recipe, say)
     run = describe_run(recipe, data, device, processes)
-    views = _made(recipe.view_generator, lambda: recipe.view_generator.build(run))
+    views = fitting(_made(recipe.view_generator, lambda: recipe.view_generator.build(run)), recipe, run)
     return data, replace(run, views=tuple(views.specs)), views
 
 

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,14 @@ from torch import Tensor
 
 from sslkit import randomness
 from sslkit.api import Images, RunInfo, ViewMaker
-from sslkit.batch import Batch
+from sslkit.batch import Batch, Pixels
+from sslkit.viewing import Hands, Viewing, part_of
 
 RESIDENT_SHARE = 0.25
 """A data set lives on the device if it takes no more than this share of the device's free memory."""
 
-
+BEGUN = 2
+"""Steps whose images are read at a time, so that no thread is idle where one batch ends and the next begins."""
 PATIENCE = 0.5
 """Seconds after which somebody who waits for data looks whether the run has to end."""
 
@@ -37,12 +40,12 @@ class Draw:
         if parts == 1:
             yield self
             return
-        size = len(self.batch.images) // parts
+        size = len(self.batch.indices) // parts
         for start in range(0, size * parts, size):
             part = slice(start, start + size)
-            labels = self.batch.labels
+            pixels, labels = part_of(self.batch.images, part), self.batch.labels
             yield Draw(
-                Batch(self.batch.images[part], self.batch.indices[part], None if labels is None else labels[part]),
+                Batch(pixels, self.batch.indices[part], None if labels is None else labels[part]),
                 {name: values[part] for name, values in self.parameters.items()},
             )
 
@@ -65,7 +68,8 @@ class Feed:
         """
         self.share = share
         self.images, self.views, self.run, self.device = images, views, run, device
-        self.resident = self._resident(images.tensor)
+        self.viewing = Viewing(images, views, pinned=device.type == "cuda")
+        self.resident = None if self.viewing.originals else self._resident(images.tensor)
         self.labels = None if images.labels is None else images.labels.to(device)
         self._permutation: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.int64))
         self.waited = 0.0
@@ -80,26 +84,43 @@ class Feed:
         return tensor.to(self.device) if tensor.nbytes <= RESIDENT_SHARE * free else None
 
     def indices(self, step: int) -> Tensor:
-        """int64 `[B]` on the CPU: `perm(seed, epoch)[s*B : (s+1)*B]` for step s of its epoch."""
+        """int64 `[B]` on the CPU: `perm(seed, epoch)[s*B : (s+1)*B]` for step s of its epoch; a set that lies in shards
+        gives the permutation itself."""
         epoch, position = divmod(step, self.run.steps_per_epoch)
         if self._permutation[0] != epoch:
-            order = torch.randperm(self.run.train_images, generator=randomness.generator(self.run.seed, "order", epoch))
-            self._permutation = (epoch, order)
+            generator = randomness.generator(self.run.seed, "order", epoch)
+            order: Callable[[torch.Generator], Tensor] | None = getattr(self.images, "order", None)  # of shards
+            shuffled = order(generator) if order else torch.randperm(self.run.train_images, generator=generator)
+            self._permutation = (epoch, shuffled)
         return self._permutation[1][position * self.run.batch_size : (position + 1) * self.run.batch_size]
 
     def draw(self, step: int) -> Draw:
         """The images and view parameters of the update after `step`."""
+        with self.viewing.hands() as hands:
+            return self._begin(step, hands)()
+
+    def _begin(self, step: int, hands: Hands) -> Callable[[], Draw]:
+        """Begin to read what the update after `step` needs, and give what waits for it."""
         indices = self.indices(step)
-        parameters = self.views.draw(len(indices), randomness.generator(self.run.seed, "views", step))
-        on_device = {name: self._send(self.share(values)) for name, values in parameters.items()}
+        drawn = self.viewing.draw(indices, randomness.generator(self.run.seed, "views", step))
+        parameters = {name: self.share(values) for name, values in drawn.items()}
         indices = self.share(indices)
-        where = self._send(indices)
-        if self.resident is not None:
-            pictures = self.resident.index_select(0, where)
-        else:
-            pictures = self._send(self.images.read(indices))
-        labels = None if self.labels is None else self.labels.index_select(0, where)
-        return Draw(Batch(pictures, where, labels), on_device)
+        read = self.viewing.begin(indices, parameters, hands) if self.resident is None else None
+
+        def finish() -> Draw:
+            on_device = {name: self._send(values) for name, values in parameters.items()}
+            where = self._send(indices)
+            pixels: Pixels
+            if read is None:
+                assert self.resident is not None
+                pixels = self.resident.index_select(0, where)
+            else:
+                got = read()
+                pixels = self._send(got) if isinstance(got, Tensor) else tuple(self._send(crops) for crops in got)
+            labels = None if self.labels is None else self.labels.index_select(0, where)
+            return Draw(Batch(pixels, where, labels), on_device)
+
+        return finish
 
     def _send(self, values: Tensor) -> Tensor:
         if self.device.type == "cpu":
@@ -123,7 +144,7 @@ class Feed:
 
     def _ahead(self, start: int, stop: int) -> Generator[Draw, None, None]:
         ready: queue.Queue[Draw | BaseException | None] = queue.Queue(maxsize=2)
-        ended = threading.Event()
+        ended, hands = threading.Event(), self.viewing.hands()
 
         def put(item: Draw | BaseException | None) -> None:
             while not ended.is_set():
@@ -135,10 +156,14 @@ class Feed:
 
         def read() -> None:
             try:
-                for step in range(start, stop):
+                begun: deque[Callable[[], Draw]] = deque()
+                for step in range(start, stop + BEGUN - 1):
                     if ended.is_set():
                         return
-                    put(self.draw(step))
+                    if step < stop:
+                        begun.append(self._begin(step, hands))
+                    if step >= start + BEGUN - 1:
+                        put(begun.popleft()())
                 put(None)
             except BaseException as error:  # carried to the thread that waits for it
                 put(error)
@@ -153,7 +178,9 @@ class Feed:
         finally:
             gave_up = ended.is_set()
             ended.set()
-            thread.join(PATIENCE if gave_up else None)  # one that hangs ends with the process
+            hands.let_go()
+            for each in (thread, hands):
+                each.join(PATIENCE if gave_up else None)  # one that hangs ends with the process
 
     def _waited_for(
         self, ready: queue.Queue[Draw | BaseException | None], ended: threading.Event
@@ -168,13 +195,20 @@ class Feed:
                     return None
 
 
+def spread(images: Images, number: int) -> Tensor:
+    """Positions of some images, evenly from the whole set, or as a set that lies in shards chooses them."""
+    sample: Callable[[int], Tensor] | None = getattr(images, "sample", None)
+    if sample:
+        return sample(number)
+    return torch.linspace(0, len(images) - 1, min(number, len(images))).long()
+
+
 def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation per channel on the scale 0..1, of images spread evenly over the set.
 
     Of 10,000 where they are in memory, else of 1,000, which have to be decoded.
     """
-    limit = 1_000 if images.tensor is None else 10_000
-    chosen = torch.linspace(0, len(images) - 1, min(limit, len(images))).long()
+    chosen = spread(images, 1_000 if images.tensor is None else 10_000)
     total = square = torch.zeros(0, dtype=torch.float64)
     pixels = 0
     for part in chosen.split(512):

@@ -19,6 +19,7 @@ from sslkit import randomness, registry
 from sslkit.api import Images, TargetModule, ViewMaker
 from sslkit.batch_norm import is_normalisation
 from sslkit.build import Parts
+from sslkit.data import spread
 from sslkit.features import in_eval_mode
 from sslkit.health import target_drift
 from sslkit.loss_facts import loss_facts
@@ -92,8 +93,8 @@ def gather(parts: Parts) -> Facts:
 
 
 def _spread(images: Images, number: int) -> Tensor:
-    """Some images, evenly from the whole set."""
-    return images.read(torch.linspace(0, len(images) - 1, min(number, len(images))).long())
+    """Some images, from all over the set."""
+    return images.read(spread(images, number))
 
 
 # ---------------------------------------------------------------- data and views

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sslkit import randomness
 from sslkit.api import Images, ViewMaker
+from sslkit.viewing import Viewing
 
 CHUNK = 500
 """Images per forward pass; one shape, so that evaluation never makes anything compile again."""
@@ -97,12 +98,10 @@ def view_projections(
     everything = range(len(views.specs))
     chosen = [v for v in everything if views.specs[v].kind == "global"] or list(everything)
     draws = -(-number // len(chosen))
-    found = []
+    found, viewing = [], Viewing(images, views)
     for part in indices.split(max(1, CHUNK // draws)):
         poll()
-        pictures = images.read(part).to(device).repeat_interleave(draws, dim=0)
-        parameters = {name: values.to(device) for name, values in views.draw(len(pictures), generator).items()}
-        seen = views.appear(views.crop(pictures, parameters), parameters)
+        seen = viewing.of(part, draws, generator, device)
         rows = []
         for view in chosen:
             pixels = seen[view].contiguous(memory_format=torch.channels_last) if channels_last else seen[view]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import statistics
 from pathlib import Path
 
 import torch
@@ -12,6 +13,9 @@ from sslkit import doctor
 from sslkit.progress import say
 from sslkit.run_directory import read_json, read_metrics
 from sslkit.trainer import Trainer
+
+WAITED = 0.1
+"""Share of the time from which on it is told that the loop waited for data."""
 
 
 def device_name(device: torch.device) -> str:
@@ -64,6 +68,9 @@ def summarise(run: Path, console: Console) -> None:
     losses = [r["loss"] for r in records if r.get("loss") is not None]
     if losses:
         say(console, f"loss: {losses[0]:.4f} -> {losses[-1]:.4f} (it cannot rank runs; kNN can)")
+    waits = [r["data_wait"] for r in records if r.get("data_wait") is not None]
+    if waits and statistics.mean(waits) > WAITED:
+        say(console, f"{statistics.mean(waits):.0%} of the time was spent waiting for images")
     found = doctor.examine_run(run)
     say(console, f"verdict: {found.verdict} (sslkit doctor {shlex.quote(str(run))})")
     for finding in found.findings:

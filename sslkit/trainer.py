@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sslkit import checkpoint, distributed, nonfinite, randomness, state
-from sslkit.batch import Branches, LossTerms, joined, mean_of
+from sslkit.batch import Branches, LossTerms, Pixels, joined, mean_of
 from sslkit.batch_norm import running_statistics
 from sslkit.build import Parts
 from sslkit.data import Draw, Feed
@@ -129,9 +129,9 @@ class Trainer:
         self.bus.emit("step_ended", run=self, branches=branches)
         return branches
 
-    def make_views(self, images: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
-        """uint8 `[B, C, H, W]` -> V views, float `[B, C, h, w]`."""
-        views = self.views.appear(self.views.crop(images, parameters), parameters)
+    def make_views(self, pixels: Pixels, parameters: Mapping[str, Tensor]) -> list[Tensor]:
+        """Squares or crops, uint8 -> V views, float `[B, C, h, w]`."""
+        views = self.feed.viewing.make(pixels, parameters)
         if self.recipe.train.channels_last:
             views = [v.contiguous(memory_format=torch.channels_last) for v in views]
         return views

@@ -12,19 +12,21 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from sslkit import randomness
-from sslkit.api import Images, ImageSet, RunInfo, ViewMaker
+from sslkit.api import Images, ImageSet, Originals, RunInfo, ViewMaker
 from sslkit.build import build_views, choose_device
 from sslkit.errors import RunFailed, UserError
 from sslkit.features import normalisation
 from sslkit.files import in_one_piece
 from sslkit.recipe import read_recipe
 from sslkit.view_words import Box, box, drawn, words
+from sslkit.viewing import Viewing
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
 SEARCHED = 10_000
@@ -69,7 +71,7 @@ def samples(data: ImageSet, run: RunInfo, views: ViewMaker, images: int) -> tupl
     """The images of a run that are shown, always the same for one seed, and whether the normalisation was undone."""
     indices = chosen(data.train, run.seed, images)
     with randomness.seeded(run.seed, "view_grid"):
-        parameters = views.draw(len(indices), randomness.generator(run.seed, "view_grid", 1))
+        parameters = Viewing(data.train, views).draw(indices, randomness.generator(run.seed, "view_grid", 1))
         return samples_of(data, views, indices, parameters)
 
 
@@ -77,22 +79,25 @@ def samples_of(
     data: ImageSet, views: ViewMaker, indices: Tensor, parameters: Mapping[str, Tensor]
 ) -> tuple[list[Sample], bool]:
     """These training images with the views that these parameters make, and whether the normalisation was undone."""
-    originals = data.train.read(indices)
+    viewing, train = Viewing(data.train, views), data.train
+    squares = train.read(indices[:1] if viewing.originals else indices)
+    pixels = viewing.read(indices, parameters) if viewing.originals else squares
     with torch.no_grad():
-        made = [v.float() for v in views.appear(views.crop(originals, parameters), parameters)]
-        line = normalisation(views, originals.shape[1:])
+        made = [v.float() for v in viewing.make(pixels, parameters)]
+        line = normalisation(views, squares.shape[1:])
     if line is not None and any(v.shape[1] != len(line[0]) for v in made):
         line = None
     pair = _pair(made)
-    count, side = len(made), (originals.shape[-2], originals.shape[-1])
-    found = []
+    found, count = [], len(made)
     for i, index in enumerate(indices.tolist()):
+        original = cast(Originals, train).original(index) if viewing.originals else squares[i]
+        side = (original.shape[-2], original.shape[-1])
         own, common = drawn(parameters, i, len(indices), count)
         gap = None if pair is None else (made[pair[0]][i] - made[pair[1]][i]).abs()
         found.append(
             Sample(
-                _titles(data, index),
-                originals[i].float() / 255,
+                [*_titles(data, index), *([f"{side[1]} x {side[0]} px"] if viewing.originals else [])],
+                original.float() / 255,
                 [_undone(v[i], line) for v in made],
                 [words(values, side) for values in own],
                 words(common, side),
@@ -239,8 +244,8 @@ class _Page:
         self.big, self.plain, self.small = (_Type(size) for size in (20, 14, 12))
         views = shown[0].views
         zoom = _zoom(max(max(v.shape[-2:]) for v in views))
-        side = max(shown[0].original.shape[-2:])
-        self.zooms = [zoom if side * zoom <= LARGEST else _zoom(side), *(zoom for _ in views)]
+        self.zoom = zoom
+        """Of views."""
         self.beside = len(views) <= FEW
         """Whether words stand beside their picture or below it."""
         self._measure(shown)
@@ -264,8 +269,8 @@ class _Page:
 
     def _measure(self, shown: Sequence[Sample]) -> None:
         """Widths of the columns, of the pictures in them and of the words."""
-        pictures = [shown[0].original, *shown[0].views]
-        self.pictures = [0, *(round(p.shape[-1] * zoom) for p, zoom in zip(pictures, self.zooms, strict=True))]
+        originals = max(round(sample.original.shape[-1] * self._of_original(sample)) for sample in shown)
+        self.pictures = [0, originals, *(round(view.shape[-1] * self.zoom) for view in shown[0].views)]
         columns = list(zip(*(sample.columns for sample in shown), strict=True))
         wordy = [any(texts) for texts in columns]
         if self.beside:
@@ -275,12 +280,20 @@ class _Page:
         else:
             self.words = self.widths = [NAMES, *(max(BELOW, picture) for picture in self.pictures[1:])]
 
+    def _of_original(self, sample: Sample) -> float:
+        side = max(sample.original.shape[-2:])
+        return self.zoom if side * self.zoom <= LARGEST else _zoom(side)
+
+    def _zoomed(self, sample: Sample) -> list[tuple[Tensor, float]]:
+        """Its pictures, and how many pixels of the page one of theirs takes."""
+        return [(sample.original, self._of_original(sample)), *((view, self.zoom) for view in sample.views)]
+
     def _height(self, sample: Sample) -> int:
         margin = self.small.line * len(self._words(sample, 0)) + self.plain.line * len(_difference(sample))
         heights = [margin]
-        for column, picture in enumerate([sample.original, *sample.views], 1):
+        for column, (picture, zoom) in enumerate(self._zoomed(sample), 1):
             words = self.small.line * len(self._words(sample, column))
-            side = round(picture.shape[-2] * self.zooms[column - 1])
+            side = round(picture.shape[-2] * zoom)
             heights.append(max(side, words) if self.beside else side + 4 + words)
         return max(heights)
 
@@ -288,19 +301,20 @@ class _Page:
         y = self._lines(MARGIN, top, self._words(sample, 0), self.small, INK)
         for line, colour in _difference(sample):
             y = self._lines(MARGIN, y, [line], self.plain if colour == ALARM else self.small, colour)
-        for column, values in enumerate([sample.original, *sample.views], 1):
-            x, picture = self._x(column), _picture(values, self.zooms[column - 1])
+        for column, (values, zoom) in enumerate(self._zoomed(sample), 1):
+            x, picture = self._x(column), _picture(values, zoom)
             self.image.paste(picture, (x, top))
             at = (x + picture.width + 8, top) if self.beside else (x, top + picture.height + 4)
             self._lines(*at, self._words(sample, column), self.small, INK)
         for v, crop in enumerate(sample.boxes):
             if crop is not None:
-                self._outline(top, crop, _colour(v))
+                self._outline(top, crop, self._of_original(sample), _colour(v))
 
-    def _outline(self, top: int, crop: Box, colour: str) -> None:
-        y, x, height, width = (round(n * self.zooms[0]) for n in crop)
+    def _outline(self, top: int, crop: Box, zoom: float, colour: str) -> None:
+        y, x, height, width = (round(n * zoom) for n in crop)
         left = self._x(1) + x
-        self.pen.rectangle((left, top + y, left + width - 1, top + y + height - 1), outline=colour, width=2)
+        corner = left + max(1, width) - 1, top + y + max(1, height) - 1
+        self.pen.rectangle((left, top + y, *corner), outline=colour, width=2)
 
     def _words(self, sample: Sample, column: int) -> list[str]:
         lines = [line for text in sample.columns[column] for line in self.small.wrapped(text, self.words[column])]
@@ -369,5 +383,5 @@ def _picture(values: Tensor, zoom: float) -> Image.Image:
     shown = values[:3] if len(values) >= 3 else values[:1]
     pixels = shown.double().nan_to_num().mul(255).round_().clamp_(0, 255).byte().permute(1, 2, 0).numpy()
     image = Image.fromarray(pixels if len(shown) == 3 else pixels[..., 0])
-    size = round(image.width * zoom), round(image.height * zoom)
+    size = max(1, round(image.width * zoom)), max(1, round(image.height * zoom))
     return image.resize(size, Image.Resampling.NEAREST if zoom >= 1 else Image.Resampling.LANCZOS)

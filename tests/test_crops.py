@@ -225,10 +225,14 @@ def test_close_to_pillow() -> None:
 # ---------------------------------------------------------------- what is random
 
 
+def squares(n: int, side: int) -> Tensor:
+    return torch.full((n, 2), side)
+
+
 @pytest.mark.parametrize("ratio", [(3 / 4, 4 / 3), (0.2, 3.0)])
 def test_boxes_are_distributed_as_torchvisions(ratio: tuple[float, float]) -> None:
     n, image = 2000, torch.empty(3, 32, 32)
-    ours = geometry.Boxes(32, [(0.08, 1.0)] * 2, [ratio] * 2).draw(n, generator()).view(-1, 4).double()
+    ours = geometry.Boxes([(0.08, 1.0)] * 2, [ratio] * 2).draw(squares(n, 32), generator()).view(-1, 4).double()
     torch.manual_seed(0)
     drawn = [RandomResizedCrop.get_params(image, [0.08, 1.0], list(ratio)) for _ in range(2 * n)]
     theirs = torch.tensor(drawn, dtype=torch.float64)
@@ -248,7 +252,7 @@ def test_boxes_are_distributed_as_torchvisions(ratio: tuple[float, float]) -> No
     seed=st.integers(0, 10**6),
 )
 def test_boxes_lie_within_the_image(side: int, scale: list, ratio: list, seed: int) -> None:
-    boxes = geometry.Boxes(side, [tuple(scale)] * 2, [tuple(ratio)] * 2).draw(50, generator(seed))
+    boxes = geometry.Boxes([tuple(scale)] * 2, [tuple(ratio)] * 2).draw(squares(50, side), generator(seed))
     top, left, height, width = boxes.unbind(-1)
     assert min(top.min(), left.min()) >= 0
     assert min(height.min(), width.min()) >= 1
@@ -257,7 +261,7 @@ def test_boxes_lie_within_the_image(side: int, scale: list, ratio: list, seed: i
 
 @pytest.mark.parametrize("ratio", [(3.0, 4.0), (0.2, 0.3)])
 def test_a_box_that_never_fits_is_central_as_in_torchvision(ratio: tuple[float, float]) -> None:
-    ours = geometry.Boxes(33, [(1.0, 1.0)] * 2, [ratio] * 2).draw(5, generator())
+    ours = geometry.Boxes([(1.0, 1.0)] * 2, [ratio] * 2).draw(squares(5, 33), generator())
     theirs = RandomResizedCrop.get_params(torch.empty(3, 33, 33), [1.0, 1.0], list(ratio))
     assert (ours == torch.tensor(theirs)).all()
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from sslkit.api import RunInfo
 from sslkit.batch import ViewSpec
 from sslkit.errors import UserError
-from sslkit_crops import geometry
+from sslkit_crops import cutting, geometry
 from sslkit_crops.appearance import Appearance
 from sslkit_crops.normalize import Normalize
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class CropsMaker:
-    """Meets `sslkit.api.ViewMaker`.
+    """Meets `sslkit.api.OriginalViewMaker`.
 
     Parameters of n samples, dimension 1 being the view, of which there are V:
 
@@ -69,7 +69,7 @@ class CropsMaker:
         self._prepare_draws(views)
 
     def _prepare_draws(self, views: Sequence[ViewOptions]) -> None:
-        self.boxes = geometry.Boxes(self.in_size, [o.scale for o in views], [o.ratio for o in views])
+        self.boxes = geometry.Boxes([o.scale for o in views], [o.ratio for o in views])
         self.probability = {
             name: torch.tensor([getattr(o, name) for o in views])
             for name in ("jitter", "flip", "grayscale", "blur", "solarize")
@@ -105,7 +105,10 @@ class CropsMaker:
     # ---------------------------------------------------------------- what is random
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
-        box = self.boxes.draw(n, generator)
+        return self.draw_sized(torch.full((n, 2), self.in_size), generator)
+
+    def draw_sized(self, sizes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        n, box = len(sizes), self.boxes.draw(sizes, generator)
         u = torch.rand(10, n, len(self.specs), generator=generator)
         order = torch.rand(n, len(self.specs), 4, generator=generator).argsort(-1)
         probability, between = self.probability, self.between
@@ -167,6 +170,12 @@ class CropsMaker:
             of_size = (torch.stack([p[:, v] for v in numbers], 1) for p in (boxes, flips))
             crops |= zip(numbers, cropper(lines, *of_size).clamp_(0.0, 1.0).unbind(1), strict=True)
         return [crops[v].contiguous() for v in range(len(self.specs))]
+
+    def cut(self, original: Tensor, row: Mapping[str, Tensor]) -> list[Tensor]:
+        return [
+            cutting.cut(original, box, spec.size, flipped)
+            for spec, box, flipped in zip(self.specs, row["box"].tolist(), row["flip"].tolist(), strict=True)
+        ]
 
     # ---------------------------------------------------------------- appearance
 

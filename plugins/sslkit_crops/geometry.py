@@ -41,47 +41,47 @@ class Between:
 
 
 class Boxes:
-    """Draws boxes as torchvision's `RandomResizedCrop.get_params` does, for square images.
+    """Draws boxes as torchvision's `RandomResizedCrop.get_params` does, for images of any sizes.
 
     Up to ten attempts draw an area (uniform) and an aspect ratio (log-uniform); the first that fits is placed
     uniformly. If none fits, the box is central, with the nearest ratio allowed.
 
     Args:
-        side: Side of the images, in pixels.
         scales: Range of the area, as a fraction of the image's, of each of V views.
         ratios: Range of width / height of each view.
     """
 
-    def __init__(self, side: int, scales: Sequence[Range], ratios: Sequence[Range]) -> None:
-        self.side, self.views = side, len(scales)
+    def __init__(self, scales: Sequence[Range], ratios: Sequence[Range]) -> None:
+        self.views = len(scales)
         # Double precision: a single-precision uniform number times the range could round up to its excluded end.
         self.area = Between(scales, torch.float64)
         self.log_aspect = Between([(math.log(low), math.log(high)) for low, high in ratios], torch.float64)
-        self.central = torch.tensor([central_box(side, ratio) for ratio in ratios])
+        self.narrowest, self.widest = torch.tensor(ratios, dtype=torch.float64).unbind(1)
 
-    def draw(self, n: int, generator: torch.Generator) -> Tensor:
-        """int64 `[n, V, 4]`: top, left, height, width. `generator` is on the CPU."""
-        side = self.side
-        uniform = torch.rand(4, n, self.views, ATTEMPTS, generator=generator, dtype=torch.float64)
-        area = side * side * self.area(uniform[0].mT).mT
+    def draw(self, sizes: Tensor, generator: torch.Generator) -> Tensor:
+        """int64 `[n, V, 4]`: top, left, height, width, in images of these heights and widths, int `[n, 2]`.
+
+        `generator` is on the CPU.
+        """
+        uniform = torch.rand(4, len(sizes), self.views, ATTEMPTS, generator=generator, dtype=torch.float64)
+        rows, columns = sizes.to(torch.float64)[:, :, None, None].unbind(1)
+        area = rows * columns * self.area(uniform[0].mT).mT
         aspect = torch.exp(self.log_aspect(uniform[1].mT).mT)
         height, width = (area / aspect).sqrt_().round_(), (area * aspect).sqrt_().round_()
-        fits = (height > 0) & (height <= side) & (width > 0) & (width <= side)
+        fits = (height > 0) & (height <= rows) & (width > 0) & (width <= columns)
         first = fits.byte().argmax(-1, keepdim=True)
-        top, left = uniform[2] * (side - height + 1), uniform[3] * (side - width + 1)
+        top, left = uniform[2] * (rows - height + 1), uniform[3] * (columns - width + 1)
         boxes = torch.stack([top, left, height, width], -1).floor_().long()
         boxes = boxes.gather(2, first[..., None].expand(-1, -1, -1, 4)).squeeze(2)
-        return torch.where(fits.any(-1, keepdim=True), boxes, self.central)
+        return torch.where(fits.any(-1, keepdim=True), boxes, self._central(sizes))
 
-
-def central_box(side: int, ratio: Range) -> tuple[int, int, int, int]:
-    """The box for a square image on which ten attempts failed: `(top, left, height, width)`."""
-    height = width = side
-    if ratio[0] > 1:
-        height = max(1, round(side / ratio[0]))
-    elif ratio[1] < 1:
-        width = max(1, round(side * ratio[1]))
-    return (side - height) // 2, (side - width) // 2, height, width
+    def _central(self, sizes: Tensor) -> Tensor:
+        """The boxes where ten attempts failed, int64 `[n, V, 4]`: the largest with the nearest ratio allowed."""
+        rows, columns = sizes.to(torch.float64)[:, :, None].unbind(1)
+        height = torch.minimum(rows, (columns / self.narrowest).round_().clamp_min_(1))
+        width = torch.minimum(columns, (rows * self.widest).round_().clamp_min_(1))
+        top, left = (rows - height).div_(2).floor_(), (columns - width).div_(2).floor_()
+        return torch.stack([top, left, height, width], -1).long()
 
 
 def resize_weights(start: Tensor, length: Tensor, flip: Tensor, in_size: int, out_size: int) -> Tensor:

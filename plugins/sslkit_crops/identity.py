@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sslkit.api import RunInfo
 from sslkit.batch import ViewSpec
+from sslkit_crops import cutting
 from sslkit_crops.normalize import Normalize
 
 if TYPE_CHECKING:
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 
 class IdentityMaker:
-    """Meets `sslkit.api.ViewMaker`; it has no parameters to draw."""
+    """Meets `sslkit.api.OriginalViewMaker`; it has no parameters to draw."""
 
     def __init__(self, options: Identity, run: RunInfo) -> None:
         self.specs = (ViewSpec(run.image_size),) * options.views
@@ -25,6 +26,12 @@ class IdentityMaker:
 
     def draw(self, n: int, generator: torch.Generator) -> dict[str, Tensor]:
         return {}
+
+    def draw_sized(self, sizes: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+        return {}
+
+    def cut(self, original: Tensor, row: Mapping[str, Tensor]) -> list[Tensor]:
+        return [cutting.cut(original, cutting.central_square(original), self.specs[0].size)] * len(self.specs)
 
     def crop(self, images: Tensor, parameters: Mapping[str, Tensor]) -> list[Tensor]:
         return [images.float().div(255) for _ in self.specs]
