@@ -21,6 +21,7 @@ from sslkit.errors import UserError
 from sslkit_datasets import CIFAR10, Digits, Folder, Parquet
 from sslkit_datasets.digits import print_scans
 from sslkit_datasets.images import Fingerprint, Store, progress, shown, sift, survey
+from sslkit_datasets.preparing import Preparation
 
 # ---------------------------------------------------------------- specs
 
@@ -129,7 +130,7 @@ def test_an_error_of_ours_in_the_pool_reaches_the_user():
     )
     store = Store(10**9, 1.0)
     with pytest.raises(UserError, match="memory_limit_gb = 1"):
-        survey([[png] * 200], 200, channels=3, size=None, store=store, workers=2, title="")
+        survey([[png] * 200], 200, prepared=Preparation(3), store=store, workers=2, title="")
 
 
 def test_progress_is_for_terminals_only(capsys, monkeypatch):

@@ -12,13 +12,23 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
-from sslkit.api import DataInfo, DataSource, ImageSet, Incidental, slot
+from sslkit.api import DataInfo, DataSource, ImageSet, Incidental, Look, slot
 
 __all__ = ["CIFAR10", "Digits", "Folder", "Parquet", "Subset"]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _unless(default: object) -> AfterValidator:
+    """Saying what goes without saying is the same recipe, with the same hash."""
+    return AfterValidator(lambda value: None if value == default else value)
+
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+CropsFrom = Annotated[Literal["square", "original"] | None, _unless("square")]
+Check = Annotated[Literal["full", "headers"] | None, _unless("full")]
 
 
 class CIFAR10(DataSource):
@@ -62,12 +72,27 @@ class Folder(DataSource):
     """Side of the stored images, in pixels. Views are cut from these, so choose it no smaller than the views."""
     test_root: Annotated[str | None, Incidental] = None
     """Folder of the test images, if they do not lie in `root`."""
+    classes: Annotated[Literal["auto", "none"] | None, _unless("auto")] = None
+    """`"none"`: folders mean nothing, images may lie anywhere below `root`, and there are no labels; `train/` and
+    `test/` are folders like any others. Without it, folders are classes and sets as said above."""
+    hold_out: Annotated[Share | None, _unless(0.0)] = None
+    """This share of each class becomes the test set and is not trained on; of all images where there are no classes.
+    Which ones follows from the files' bytes alone, and files with the same bytes stay together."""
+    crops_from: CropsFrom = None
+    """`"original"`: views are cut from the images as they lie in their files, with their own sides, and decoded for
+    every step; the squares of `size` are for measurement alone. Without it, or with `"square"`, views are cut from the
+    squares."""
+    check: Check = None
+    """`"headers"`: opening reads the header of each file only, which takes minutes less per million files, and nothing
+    is kept in memory. A file that then cannot be decoded ends the run, and the data set is known by the length and the
+    first 64 KiB of each file. Without it, or with `"full"`, every file is decoded."""
     channels: Literal[1, 3] = 3
     """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601)."""
     max_bad: Annotated[Fraction, Incidental] = 0.001
     """Largest share of either set that may be unreadable; above it the run stops."""
     memory_limit_gb: Annotated[PositiveFloat, Incidental] = 4.0
-    """Keep the decoded images in memory if both sets together take at most this many gigabytes (10^9 bytes)."""
+    """Keep the decoded images in memory if both sets together take at most this many gigabytes (10^9 bytes). With
+    `crops_from = "original"` the squares that were measured are kept, up to this."""
     workers: Annotated[PositiveInt | None, Incidental] = None
     """Threads that decode; without it, one per CPU core."""
 
@@ -75,6 +100,11 @@ class Folder(DataSource):
         from sslkit_datasets.folder import open_folder
 
         return open_folder(self, info)
+
+    def look(self, info: DataInfo, limit: int = 0) -> Look:
+        from sslkit_datasets.look import look_at
+
+        return look_at(self, info, limit)
 
 
 class Parquet(DataSource):

@@ -24,7 +24,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_ORIENTATION = 0x0112
+ORIENTATION = 0x0112
 _PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV")
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
@@ -70,15 +70,22 @@ def decode(data: bytes, channels: int, size: int | None) -> Pixels:
     return pixels.reshape(image.height, image.width, channels).transpose(2, 0, 1)
 
 
+def convertible(image: Image.Image) -> bool:
+    """Whether a conversion to RGB and to grey is defined for the image's colour mode."""
+    return image.mode.startswith("I") or image.mode in (*_PLAIN, *_TRANSPARENT) or "transparency" in image.info
+
+
 def _turn(image: Image.Image) -> Image.Image:
     try:
-        orientation: Any = image.getexif().get(_ORIENTATION)
+        orientation: Any = image.getexif().get(ORIENTATION)
     except Exception:  # damaged EXIF data says nothing about an image that was decoded
         orientation = None
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
 def _convert(image: Image.Image, channels: int) -> Image.Image:
+    if not convertible(image):
+        raise BadImageError(f"has the colour mode {image.mode}, for which no conversion is defined")
     if image.mode.startswith("I"):
         # 16-bit grey. Pillow's own conversion clips at 255, which leaves an almost white image.
         grey = np.asarray(image).astype(np.int64)
@@ -86,6 +93,4 @@ def _convert(image: Image.Image, channels: int) -> Image.Image:
     elif image.mode in _TRANSPARENT or "transparency" in image.info:
         front = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", front.size, "white"), front)
-    elif image.mode not in _PLAIN:
-        raise BadImageError(f"has the colour mode {image.mode}, for which no conversion is defined")
     return image.convert("RGB" if channels == 3 else "L")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +15,11 @@ from torch import Tensor
 
 from sslkit.api import DataInfo, Images
 from sslkit.errors import UserError
+from sslkit_datasets.holding_out import held_out, refuse_second
 from sslkit_datasets.images import (
     Finding,
     Fingerprint,
     InMemory,
-    OnDemand,
     Opened,
     Store,
     cores,
@@ -32,11 +30,16 @@ from sslkit_datasets.images import (
     survey,
     tell_left_out,
 )
+from sslkit_datasets.preparing import Preparation
+from sslkit_datasets.reading import Files, Names, OnDemand
+from sslkit_datasets.records import remembered
 
 if TYPE_CHECKING:
     from sslkit_datasets import Folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PORTION = 4096
+"""Files whose paths are held at one time."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,8 @@ class Listing:
     """Sorted names of the class folders; None for a folder of images alone."""
 
     @property
-    def files(self) -> list[Path]:
-        return [self.root / name for name in self.names]
+    def files(self) -> Names:
+        return Names(self.root, self.names)
 
     def labels(self, classes: Sequence[str] | None) -> Tensor | None:
         """int64 `[N]`: each file's class folder as a position in `classes`."""
@@ -68,23 +71,23 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
         UserError: no folder or no images there, an arrangement that could be read in two ways, test classes that the
             training set does not have, or too many broken images.
     """
-    train_root, test_root = find_roots(spec.root, spec.test_root)
-    listings = {"training": list_images(train_root, info)}
-    if test_root is not None:
-        listings["test"] = list_images(test_root, info)
-        _compare(listings["training"], listings["test"])
-
+    listings = list_sets(spec, info)
+    prepared = Preparation(spec.channels, spec.size, spec.crops_from == "original", spec.check == "headers")
     total = sum(len(listing.names) for listing in listings.values())
     in_memory = total * spec.channels * spec.size**2 <= spec.memory_limit_gb * 1e9
+    in_memory = in_memory and not prepared.original and not prepared.headers
     workers = spec.workers or cores()
     classes = listings["training"].classes
-    fingerprint = Fingerprint(source="folder", size=spec.size, channels=spec.channels)
+    chosen = {"classes": spec.classes, "hold_out": spec.hold_out}
+    fingerprint = Fingerprint(
+        source="folder", **prepared.facts(), **{key: value for key, value in chosen.items() if value is not None}
+    )
     sets: dict[str, Images] = {}
     bad: list[dict[str, str]] = []
     for which, listing in listings.items():
         store = Store(len(listing.names), float("inf")) if in_memory else None
         states = [state_of(file) for file in listing.files]
-        findings = _examined(spec, info, listing, states, store, workers, which)
+        findings = _examined(prepared, info, listing, states, store, workers, which)
         good, left_out = sift(
             [f.problem for f in findings],
             lambda i, listing=listing: shown(listing.root / listing.names[i]),  # type: ignore[misc]
@@ -96,21 +99,75 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
         fingerprint.add(which)
         for name, finding in zip(listing.names, findings, strict=True):
             fingerprint.add(name, finding.digest, finding.problem is None)
-        labels = listing.labels(classes)
-        labels = None if labels is None else labels[good]
-        if store is not None:
-            sets[which] = InMemory(store.kept(good), labels)
-        else:
-            files = listing.files
-            digests = np.frombuffer(b"".join(findings[i].digest for i in good), np.uint8).reshape(-1, 32)
-            known = np.array([states[i] for i in good], np.int64)
-            sets[which] = OnDemand([files[i] for i in good], spec.channels, spec.size, workers, digests, known, labels)
+        found = _Found(listing, findings, states, listing.labels(classes), store)
+        if spec.hold_out is None:
+            sets[which] = found.images(good, prepared, workers, spec.memory_limit_gb)
+            continue
+        labels = None if found.labels is None else found.labels[good]
+        rows, held = held_out([findings[i].digest for i in good], labels, spec.hold_out)
+        keep = (prepared, workers, spec.memory_limit_gb)
+        sets["test"] = found.images([good[i] for i in held], *keep, copy=True)
+        sets["training"] = found.images([good[i] for i in rows], *keep)
     tell_left_out(info.say, bad, total)
     names = None if classes is None else tuple(shown(name) for name in classes)
     return Opened(sets["training"], sets.get("test"), names, fingerprint.hexdigest(), bad)
 
 
+@dataclass(frozen=True)
+class _Found:
+    """The files of one listing, and what is known of each."""
+
+    listing: Listing
+    findings: Sequence[Finding]
+    states: Sequence[tuple[int, int]]
+    labels: Tensor | None
+    store: Store | None
+
+    def images(
+        self, rows: Sequence[int], prepared: Preparation, workers: int, keep_gb: float, *, copy: bool = False
+    ) -> Images:
+        """The images at these rows. Those of a store are moved together in place unless they are copied."""
+        labels = None if self.labels is None else self.labels[list(rows)]
+        files = Names(self.listing.root, [self.listing.names[i] for i in rows])
+        if self.store is not None:
+            tensor = self.store.copied(rows) if copy else self.store.kept(rows)
+            return InMemory(tensor, labels, files)
+        findings = [self.findings[i] for i in rows]
+        digests = np.frombuffer(b"".join(f.digest for f in findings), np.uint8).reshape(-1, 32)
+        encoded = Files(files, prepared, digests, np.array([self.states[i] for i in rows], np.int64))
+        if not prepared.original:
+            return OnDemand(encoded, prepared, workers, labels)
+        sizes = torch.tensor([(f.height, f.width) for f in findings], dtype=torch.int32)
+        return OnDemand(encoded, prepared, workers, labels, sizes, keep_gb)
+
+
 # ---------------------------------------------------------------- which files
+
+
+def list_sets(spec: Folder, info: DataInfo) -> dict[str, Listing]:
+    """The files of the training set, and of the test set where there is one.
+
+    Raises:
+        UserError: as `open_folder`, of everything but the images themselves.
+    """
+    if spec.classes == "none":
+        train_root, test_root = _folder(spec.root, "root"), None
+        if spec.test_root is not None:
+            test_root = _folder(spec.test_root, "test_root")
+            if test_root.resolve().is_relative_to(train_root.resolve()):
+                raise UserError(
+                    f"data_source.test_root: {shown(test_root)} lies in {shown(train_root)}, all of which is trained "
+                    'on with classes = "none"; put it beside'
+                )
+    else:
+        train_root, test_root = find_roots(spec.root, spec.test_root)
+    listings = {"training": list_images(train_root, info, classes=spec.classes != "none")}
+    if test_root is not None:
+        if spec.hold_out is not None:
+            raise refuse_second(shown(test_root))
+        listings["test"] = list_images(test_root, info, classes=spec.classes != "none")
+        _compare(listings["training"], listings["test"])
+    return listings
 
 
 def find_roots(root: str, test_root: str | None) -> tuple[Path, Path | None]:
@@ -147,8 +204,8 @@ def _folder(path: str, option: str) -> Path:
     return folder
 
 
-def list_images(root: Path, info: DataInfo) -> Listing:
-    """The images below `root`, whatever order the file system lists them in.
+def list_images(root: Path, info: DataInfo, *, classes: bool = True) -> Listing:
+    """The images below `root`, whatever order the file system lists them in. Without `classes` they have none.
 
     Raises:
         UserError: there are none, or images lie beside class folders.
@@ -156,9 +213,10 @@ def list_images(root: Path, info: DataInfo) -> Listing:
     entries = _entries(root)
     folders = [entry.name for entry in entries if _is_folder(entry)]
     here = [entry.name for entry in entries if not _is_folder(entry)]
-    if folders and any(_is_image(name) for name in here):
+    if classes and folders and any(_is_image(name) for name in here):
         raise UserError(
-            f"{shown(root)} holds images beside folders; put every image into a class folder, or all into one folder"
+            f"{shown(root)} holds images beside folders; put every image into a class folder, or all into one "
+            'folder, or set data_source.classes = "none" to read them all without labels'
         )
     walked = here
     if folders:
@@ -169,13 +227,13 @@ def list_images(root: Path, info: DataInfo) -> Listing:
     others = sorted(name for name in walked if not _is_image(name))
     if others:
         info.say(f"{shown(root)}: passed over {_some(others, 'file')} with other suffixes than {', '.join(SUFFIXES)}")
-    if not folders:
+    if not folders or not classes:
         return Listing(root, tuple(names), None)
-    classes = sorted({name.partition("/")[0] for name in names})
-    empty = sorted(set(folders) - set(classes))
+    found = sorted({name.partition("/")[0] for name in names})
+    empty = sorted(set(folders) - set(found))
     if empty:
         info.say(f"{shown(root)}: {_some(empty, 'class folder')} without images left out")
-    return Listing(root, tuple(names), tuple(classes))
+    return Listing(root, tuple(names), tuple(found))
 
 
 def _entries(folder: Path | str) -> list[os.DirEntry[str]]:
@@ -233,7 +291,7 @@ def _compare(train: Listing, test: Listing) -> None:
 
 
 def _examined(
-    spec: Folder,
+    prepared: Preparation,
     info: DataInfo,
     listing: Listing,
     states: Sequence[tuple[int, int]],
@@ -242,48 +300,26 @@ def _examined(
     which: str,
 ) -> list[Finding]:
     """One finding per file. Without a store they are looked up first: a run that is resumed need not wait again."""
-    record = None if store is not None else info.cache / "checked" / f"{_state(spec, listing, states)}.json"
-    findings = None if record is None else _recall(record, len(listing.names))
-    if findings is None:
-        files = listing.files
-        findings = survey(
-            [files],
+    files = listing.files
+
+    def examine() -> list[Finding]:
+        return survey(
+            (files[i : i + PORTION] for i in range(0, len(files), PORTION)),
             len(files),
-            channels=spec.channels,
-            size=spec.size,
+            prepared=prepared,
             store=store,
             workers=workers,
             title=f"{'checking' if store is None else 'reading'} {which} images",
         )
-        # A file that could not even be read may be readable next time without any sign of a change.
-        if record is not None and all(finding.digest for finding in findings):
-            _remember(record, findings)
-    return findings
+
+    if store is not None:
+        return examine()
+    return remembered(info.cache / "checked" / f"{_state(prepared, listing, states)}.json", len(files), examine)
 
 
-def _state(spec: Folder, listing: Listing, states: Sequence[tuple[int, int]]) -> str:
+def _state(prepared: Preparation, listing: Listing, states: Sequence[tuple[int, int]]) -> str:
     """Names, sizes and times of all files, and whatever else decides which of them can be decoded."""
-    state = Fingerprint(root=str(listing.root.resolve()), channels=spec.channels, size=spec.size, pil=PIL.__version__)
+    state = Fingerprint(root=str(listing.root.resolve()), **prepared.facts(), pil=PIL.__version__)
     for name, (size, time) in zip(listing.names, states, strict=True):
         state.add(name, size, time)
     return state.hexdigest()
-
-
-def _recall(record: Path, count: int) -> list[Finding] | None:
-    try:
-        found = json.loads(record.read_text(encoding="utf-8"))
-        findings = [Finding(bytes.fromhex(digest), problem) for digest, problem in found]
-    except (OSError, ValueError, TypeError):
-        return None
-    return findings if len(findings) == count else None
-
-
-def _remember(record: Path, findings: Sequence[Finding]) -> None:
-    temporary = record.with_suffix(f".{os.getpid()}.part")
-    try:
-        record.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps([(f.digest.hex(), f.problem) for f in findings]), encoding="utf-8")
-        temporary.replace(record)
-    except OSError:  # a cache that cannot be written only costs time
-        with contextlib.suppress(OSError):
-            temporary.unlink()

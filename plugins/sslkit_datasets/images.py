@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import stat
@@ -14,19 +15,21 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from sslkit.api import Images
-from sslkit.errors import RunFailed, UserError, printable
-from sslkit_datasets.decode import BadImageError, Pixels, decode
+from sslkit.errors import UserError, printable
+from sslkit_datasets.decode import BadImageError, Pixels
+from sslkit_datasets.headers import sides
+from sslkit_datasets.preparing import HEAD, Preparation, digest_of_head
 
 Item = bytes | Path | None
 """One image as it is stored: its bytes, the file that holds them, or nothing at all."""
@@ -44,6 +47,8 @@ class InMemory:
 
     tensor: Tensor | None
     labels: Tensor | None = None
+    files: Sequence[object] | None = None
+    """What each image is called, for people."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -55,61 +60,6 @@ class InMemory:
     def _all(self) -> Tensor:
         assert self.tensor is not None
         return self.tensor
-
-
-@dataclass
-class OnDemand:
-    """N images that are decoded from their files whenever they are read (`sslkit.api.Images`)."""
-
-    files: Sequence[Path]
-    channels: int
-    size: int
-    workers: int
-    digests: NDArray[np.uint8]
-    """SHA-256 of each file when the source was opened: `[N, 32]`."""
-    states: NDArray[np.int64]
-    """Size and time of each file then, as `state_of` has them: `[N, 2]`."""
-    labels: Tensor | None = None
-    tensor: Tensor | None = field(default=None, init=False)
-
-    def __len__(self) -> int:
-        return len(self.files)
-
-    def read(self, indices: Tensor) -> Tensor:
-        """As `Images.read`.
-
-        Raises:
-            RunFailed: a file that was sound when the source was opened is not any more.
-        """
-        chosen: list[int] = indices.tolist()
-        images = np.empty((len(chosen), self.channels, self.size, self.size), np.uint8)
-
-        def fill(row: int) -> None:
-            file = self.files[chosen[row]]
-            try:
-                data = _load(file)
-                images[row] = decode(data, self.channels, self.size)
-                self._compare(chosen[row], data)
-            except BadImageError as error:
-                raise RunFailed(
-                    f"{shown(file)} {error}; it could be read when the run began, so it was changed since"
-                ) from error
-
-        # A pool of its own for each call: a lasting one would not survive a fork and could not be pickled, and its
-        # threads start in a fraction of the time that one image takes.
-        with ThreadPoolExecutor(min(self.workers, max(1, len(chosen)))) as pool:
-            list(pool.map(fill, range(len(chosen))))
-        return torch.from_numpy(images)
-
-    def _compare(self, i: int, data: bytes) -> None:
-        # Only what has another size or time is compared byte by byte: a file that was copied back is the same.
-        if state_of(self.files[i]) == tuple(self.states[i].tolist()):
-            return
-        if hashlib.sha256(data).digest() != self.digests[i].tobytes():
-            raise RunFailed(
-                f"{shown(self.files[i])} holds another image than when the run began; put the old file back, and the "
-                "same command goes on"
-            )
 
 
 @dataclass
@@ -165,6 +115,11 @@ class Store:
         if image.shape == self.images.shape[1:]:
             self.images[row] = image
 
+    def copied(self, rows: Sequence[int]) -> Tensor:
+        """The images of these rows, in memory of their own: uint8 `[len(rows), C, H, W]`."""
+        assert self.images is not None
+        return torch.from_numpy(self.images[list(rows)])
+
     def kept(self, rows: Sequence[int]) -> Tensor:
         """The images of these ascending rows, moved together in place: uint8 `[len(rows), C, H, W]`."""
         assert self.images is not None
@@ -182,14 +137,16 @@ class Finding:
     """SHA-256 of the stored bytes."""
     problem: str | None
     """Why the image cannot be read; None where it can."""
+    height: int = 0
+    """Of the image as it lies in its file, upright, where that was asked for; else that of the square."""
+    width: int = 0
 
 
 def survey(
     batches: Iterable[Sequence[Item]],
     total: int,
     *,
-    channels: int,
-    size: int | None,
+    prepared: Preparation,
     store: Store | None,
     workers: int,
     title: str,
@@ -199,8 +156,7 @@ def survey(
     Args:
         batches: the images in order, in portions that are read one after another.
         total: how many images they are together.
-        channels: as for `decode`.
-        size: as for `decode`.
+        prepared: how they are decoded.
         store: where image i goes as row i; None only checks the images.
         workers: number of threads.
         title: stands before the progress bar.
@@ -212,14 +168,18 @@ def survey(
     def examine(row: int, item: Item) -> Finding:
         digest = b""
         try:
-            data = _load(item)
-            digest = hashlib.sha256(data).digest()
-            image = decode(data, channels, size)
+            if prepared.headers:
+                digest, file = _opened(item)
+                with file:
+                    return Finding(digest, None, *sides(file))
+            data = load(item)
+            digest = prepared.digest(data)
+            image = prepared.whole(data) if prepared.original else prepared.square(data)
         except BadImageError as error:
             return Finding(digest, str(error))
         if store is not None:
             store.put(row, image)
-        return Finding(digest, None)
+        return Finding(digest, None, image.shape[1], image.shape[2])
 
     def work(task: tuple[int, Sequence[Item]]) -> list[Finding]:
         first, items = task
@@ -242,20 +202,48 @@ def survey(
     return findings
 
 
-def _load(item: Item) -> bytes:
+def load(item: Item) -> bytes:
+    """The bytes of an image as it is stored.
+
+    Raises:
+        BadImageError: it cannot be read, or is no regular file.
+    """
     if isinstance(item, bytes):
         return item
     if item is None:
         raise BadImageError("has no bytes")
     try:
-        found = item.stat()
-        if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and a device may have no end
-            raise BadImageError(f"is {_kind(found.st_mode)}, not a regular file")
-        if found.st_size > _MOST_BYTES:
-            raise BadImageError(f"has {found.st_size:,} bytes, more than {_MOST_BYTES:,}")
+        _length(item)
         return item.read_bytes()
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror}") from error
+
+
+def _opened(item: Item) -> tuple[bytes, BinaryIO]:
+    """The digest of an image's first bytes, and the image to read its header from."""
+    if not isinstance(item, Path):
+        data = load(item)
+        return digest_of_head(len(data), data[:HEAD]), io.BytesIO(data)
+    try:
+        length, file = _length(item), item.open("rb")
+        head = file.read(HEAD)
+        file.seek(0)
+    except OSError as error:
+        raise BadImageError(f"cannot be read: {error.strerror}") from error
+    if not head:
+        file.close()
+        raise BadImageError("is empty (0 bytes)")
+    return digest_of_head(length, head), file
+
+
+def _length(file: Path) -> int:
+    """Bytes of a file that may be read."""
+    found = file.stat()
+    if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and a device may have no end
+        raise BadImageError(f"is {_kind(found.st_mode)}, not a regular file")
+    if found.st_size > _MOST_BYTES:
+        raise BadImageError(f"has {found.st_size:,} bytes, more than {_MOST_BYTES:,}")
+    return found.st_size
 
 
 def _kind(mode: int) -> str:

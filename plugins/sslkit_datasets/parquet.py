@@ -29,6 +29,7 @@ from sslkit_datasets.images import (
     survey,
     tell_left_out,
 )
+from sslkit_datasets.preparing import Preparation
 
 if TYPE_CHECKING:
     from sslkit_datasets import Parquet
@@ -225,8 +226,7 @@ def _read(files: Sequence[Path], which: str, options: Options) -> _Rows:
     findings = survey(
         batches(),
         total,
-        channels=options.channels,
-        size=options.size,
+        prepared=Preparation(options.channels, options.size),
         store=store,
         workers=options.workers or cores(),
         title=f"reading {which} images",

@@ -1,0 +1,57 @@
+"""What kind of image a file holds, before any conversion."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from sslkit_datasets.decode import FORMATS, Pixels, decode
+
+_NAMES = {"1": "black and white", "L": "grey", "P": "palette", "I": "32-bit grey", "F": "float grey"}
+_GREY = ("1", "L", "LA", "La", "I", "F")
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A file that can be decoded."""
+
+    name: str
+    height: int
+    width: int
+    channels: int
+    values: NDArray[np.float64] | None
+    """Some of its values, evenly over it, where they are not 8-bit."""
+
+
+def kind_of_image(data: bytes, values: int) -> Kind:
+    """Decode a file in full and say what it is.
+
+    Args:
+        data: the file.
+        values: how many values to take of what is not 8-bit.
+
+    Raises:
+        BadImageError: it cannot be decoded.
+    """
+    pixels: Pixels = decode(data, 3, None)
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        mode = image.mode
+        deep = mode.startswith("I;16")
+        found = _some(np.asarray(image), values) if deep and values else None
+    name = "16-bit grey" if deep else _NAMES.get(mode, mode)
+    grey = deep or mode in _GREY or (mode == "P" and _is_grey(pixels))
+    return Kind(name, pixels.shape[1], pixels.shape[2], 1 if grey else 3, found)
+
+
+def _some(values: NDArray[np.generic], count: int) -> NDArray[np.float64]:
+    flat = values.reshape(-1)
+    chosen = flat[:: max(1, flat.size // count)].astype(np.float64)
+    return chosen[np.isfinite(chosen)]
+
+
+def _is_grey(pixels: Pixels) -> bool:
+    return bool((pixels[0] == pixels[1]).all() and (pixels[0] == pixels[2]).all())

@@ -1,0 +1,54 @@
+"""How the bytes of an image become pixels, as one value that goes wherever images are read."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from sslkit_datasets.decode import Pixels, decode
+
+HEAD = 2**16
+"""Bytes of a file that tell it from another where only headers are read."""
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """The options of a data source that decide what an image is."""
+
+    channels: int = 3
+    size: int | None = None
+    """Side of the squares; None keeps each image's own sides."""
+    original: bool = False
+    """Whether images are wanted as they lie in their files, and as squares for measurement alone."""
+    headers: bool = False
+    """Whether the pass over all images reads their headers only."""
+
+    def square(self, data: bytes) -> Pixels:
+        """The image as a square of `size`, uint8 `[C, S, S]`.
+
+        Raises:
+            BadImageError: as `decode`.
+        """
+        return decode(data, self.channels, self.size)
+
+    def whole(self, data: bytes) -> Pixels:
+        """The image with its own sides, uint8 `[C, h, w]`.
+
+        Raises:
+            BadImageError: as `decode`.
+        """
+        return decode(data, self.channels, None)
+
+    def facts(self) -> dict[str, object]:
+        """What enters fingerprints. What is not set stays out of it, so that runs of before these options go on."""
+        chosen = {"original": self.original, "headers": self.headers}
+        return {"size": self.size, "channels": self.channels, **{key: value for key, value in chosen.items() if value}}
+
+    def digest(self, data: bytes) -> bytes:
+        """SHA-256 of a file; of its length and first bytes where only headers are read."""
+        return digest_of_head(len(data), data[:HEAD]) if self.headers else hashlib.sha256(data).digest()
+
+
+def digest_of_head(length: int, head: bytes) -> bytes:
+    """What tells files apart that were not read in full."""
+    return hashlib.sha256(b"%d " % length + head).digest()
