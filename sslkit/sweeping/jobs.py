@@ -1,0 +1,142 @@
+"""One run of a sweep: how it is started, and what came of it. It is an ordinary run of `sslkit train`."""
+
+from __future__ import annotations
+
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from sslkit import doctor, local
+from sslkit.errors import UserError, printable
+from sslkit.run_directory import cannot_lock, read_json, read_metrics, refuse_strays
+from sslkit.stopping import ASKING
+from sslkit.sweeping.pool import Task
+
+LOG = "log.txt"
+
+
+INTERRUPTED = 130
+ASKED = tuple(int(getattr(signal, name)) for name in ASKING if hasattr(signal, name))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a run's process."""
+
+    kind: Literal["done", "ended", "failed"]
+    """`ended`: it was asked to, and the run is not finished."""
+    text: str
+    """What it came to, or why not."""
+
+
+@dataclass(frozen=True)
+class How:
+    """What all runs of a sweep have in common."""
+
+    recipe: str
+    overrides: tuple[str, ...]
+    steps: int | None
+    device: str
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run."""
+
+    name: str
+    """`lr=0.03/seed-0`: its directory below the sweep's folder."""
+    directory: Path
+    overrides: tuple[str, ...]
+    """What `--set` says, the seed included."""
+    how: How
+
+    @property
+    def status(self) -> dict[str, Any]:
+        """What the run says of itself; empty where none was begun."""
+        return read_json(self.directory / "status.json")
+
+    def finished(self) -> bool:
+        """Whether there is nothing left to train."""
+        status, steps = self.status, self.how.steps
+        state, step = status.get("status"), status.get("step")
+        if steps is not None and state == "stopped" and isinstance(step, int):
+            return step >= steps
+        return state == "done"
+
+    def held(self) -> bool:
+        """Whether another process trains in the directory: one that a sweep which was killed had started, perhaps,
+        and that saves its checkpoint."""
+        lock = self.directory / ".lock"
+        if not lock.is_file() or cannot_lock(lock):
+            return False
+        try:
+            with FileLock(lock, timeout=0):
+                return False
+        except Timeout:
+            return True
+
+    def task(self) -> Task:
+        """The process that trains it, or goes on with it.
+
+        Raises:
+            UserError: the directory is not what a run leaves.
+        """
+        refuse_strays(self.directory)
+        arguments = ["train", self.how.recipe]
+        for override in self.overrides:
+            arguments += ["--set", override]
+        arguments += ["--run-dir", str(self.directory), "--device", self.how.device]
+        if self.how.steps is not None:
+            arguments += ["--steps", str(self.how.steps)]
+        if local.is_allowed():
+            arguments.append("--allow-local-code")
+        return Task(self.name, "sslkit", arguments, self.directory / LOG)
+
+    def outcome(self, code: int) -> Outcome:
+        """What came of the process that ended with `code`; below 0 it is the signal that killed it."""
+        if code == 0 and self.finished():
+            return Outcome("done", self.figures())
+        status = self.status
+        where = f" at step {status['step']} of {status['of']}" if {"step", "of"} <= status.keys() else ""
+        state = status.get("status")
+        if (code == 0 and state) or code == INTERRUPTED or -code in ASKED:
+            word = state if code == 0 else "interrupted"
+            return Outcome("ended", f"{word}{where}; the same command goes on with it")
+        if code < 0:
+            return Outcome("failed", f"killed by {_signal(-code)}{where}; the same command goes on with it")
+        said = last_line(self.directory / LOG) or f"ended with {code}"
+        return Outcome("failed", f"{said} (all of it: {self.directory / LOG})")
+
+    def figures(self) -> str:
+        """Where the run stands, in a few words."""
+        try:
+            records = [record for record in read_metrics(self.directory) if isinstance(record, dict)]
+            verdict = doctor.examine_run(self.directory).verdict
+        except (OSError, UserError):
+            return ""
+        knn = [(r.get("step"), r["knn_top1"]) for r in records if isinstance(r.get("knn_top1"), int | float)]
+        floor = f"{knn[0][1]:.4f} -> " if knn and knn[0][0] == 0 and len(knn) > 1 else ""
+        return f"{f'kNN top-1 {floor}{knn[-1][1]:.4f}, ' if knn else ''}{verdict}"
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that begins at its margin: those below it explain it."""
+    try:
+        with log.open("rb") as file:
+            file.seek(0, 2)
+            file.seek(max(0, file.tell() - 20_000))
+            text = file.read().decode("utf-8", "replace")
+    except OSError:
+        return ""
+    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
+    return printable(next((line for line in reversed(lines) if not line[0].isspace()), ""))
+
+
+def _signal(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
