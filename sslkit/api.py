@@ -45,16 +45,16 @@ from sslkit.contracts import (
 )
 from sslkit.errors import UserError
 from sslkit.installed import API_VERSION
-from sslkit.looking import Look
+from sslkit.looking import FileReader, Look
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
 
 __all__ = [
-    "API_VERSION", "Backbone", "BackboneModule", "Branches", "Component", "DataInfo", "DataSource", "GroupOptions",
-    "Head", "HeadModule", "ImageSet", "Images", "Incidental", "Look", "Loss", "LossModule", "LossTerms", "Needs",
-    "Observer", "Optimizer", "Ordered", "OriginalViewMaker", "Originals", "ParamGroup", "Portable", "RunInfo",
+    "API_VERSION", "Backbone", "BackboneModule", "Branches", "Component", "DataInfo", "DataSource", "FileReader",
+    "GroupOptions", "Head", "HeadModule", "ImageSet", "Images", "Incidental", "Look", "Loss", "LossModule", "LossTerms",
+    "Needs", "Observer", "Optimizer", "Ordered", "OriginalViewMaker", "Originals", "ParamGroup", "Portable", "RunInfo",
     "Schedule", "Scheduled", "TargetModule", "TargetUpdater", "Value", "ViewGenerator", "ViewMaker", "ViewSpec", "slot",
     "value_of",
 ]  # fmt: skip
@@ -199,6 +199,14 @@ class DataSource(Component):
             UserError: there is nothing to look at.
         """
         raise UserError(f"data_source {registry.name_of(type(self))!r} cannot say what its images are like")
+
+    def reader(self) -> FileReader:
+        """How the source reads one file, for files that are in none of its sets. May be left out.
+
+        Raises:
+            UserError: it reads no single files.
+        """
+        raise UserError(f"data_source {registry.name_of(type(self))!r} reads no single files")
 
 
 # ---------------------------------------------------------------- views

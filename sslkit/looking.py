@@ -1,9 +1,35 @@
-"""What a data source found where its images lie: the facts that `sslkit init` chooses by. No torch."""
+"""What a data source knows of image files beside the sets it opens. No torch.
+
+The facts that `sslkit init` chooses by, and how one file is read that is in no set, as `embed` and `search` need it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class FileReader(Protocol):
+    """Reads single image files as a data source reads those of its sets."""
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """Of the files that it reads, in small letters and with the dot."""
+        ...
+
+    def read(self, file: Path) -> tuple[Tensor, str]:
+        """An image, uint8 `[C, S, S]` as the source's `read` gives it, and the SHA-256 of its file in hex. Called from
+        several threads.
+
+        Raises:
+            UserError: it cannot be read; the text completes the sentence "this file ...".
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ class Words:
     """What goes on with a run that was ended."""
     accept: str
     """How a finding is accepted; `{id}` stands for its id."""
+    restart: str
     replay: str
     """What makes an update again; `{run}`, `{quoted}` and `{step}` stand for the run's directory, the same as
     a shell wants it, and the update."""
@@ -40,6 +41,7 @@ COMMAND = Words(
     cpu_or_auto="--device cpu or auto",
     again="the same command",
     accept="--set train.accept='[\"{id}\"]'",
+    restart="--restart",
     replay="sslkit replay {quoted} --step {step}",
 )
 PYTHON = Words(
@@ -53,6 +55,7 @@ PYTHON = Words(
     cpu_or_auto='device="cpu" or "auto"',
     again="the same call",
     accept='accept=("{id}",) in train',
+    restart="restart=True",
     replay="sslkit.replay({run!r}, {step})",
 )
 

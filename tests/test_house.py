@@ -33,6 +33,8 @@ FLOORS: list[set[str]] = [
         "freezing",
         "weights_files",
         "opened_run",
+        "image_files",
+        "feature_files",
         "siamese",
         "checkpoint",
         "run_directory",

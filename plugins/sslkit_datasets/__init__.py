@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
 
-from sslkit.api import DataInfo, DataSource, ImageSet, Incidental, Look, slot
+from sslkit.api import DataInfo, DataSource, FileReader, ImageSet, Incidental, Look, slot
 
 __all__ = ["CIFAR10", "Digits", "Folder", "Parquet", "Subset"]
 
@@ -105,6 +105,12 @@ class Folder(DataSource):
         from sslkit_datasets.look import look_at
 
         return look_at(self, info, limit)
+
+    def reader(self) -> FileReader:
+        from sslkit_datasets.folder import preparation
+        from sslkit_datasets.one_file import Reader
+
+        return Reader(preparation(self))
 
 
 class Parquet(DataSource):

@@ -64,6 +64,11 @@ class Listing:
         return torch.tensor([number[name.partition("/")[0]] for name in self.names], dtype=torch.int64)
 
 
+def preparation(spec: Folder) -> Preparation:
+    """What the options say of how files become images."""
+    return Preparation(spec.channels, spec.size, spec.crops_from == "original", spec.check == "headers")
+
+
 def open_folder(spec: Folder, info: DataInfo) -> Opened:
     """Open a folder of images.
 
@@ -72,7 +77,7 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
             training set does not have, or too many broken images.
     """
     listings = list_sets(spec, info)
-    prepared = Preparation(spec.channels, spec.size, spec.crops_from == "original", spec.check == "headers")
+    prepared = preparation(spec)
     total = sum(len(listing.names) for listing in listings.values())
     in_memory = total * spec.channels * spec.size**2 <= spec.memory_limit_gb * 1e9
     in_memory = in_memory and not prepared.original and not prepared.headers
