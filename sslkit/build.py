@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 import torch
 from torch import nn
 
-from sslkit import features, randomness, registry
+from sslkit import features, freezing, randomness, registry
 from sslkit.api import (
     Component,
     DataInfo,
@@ -182,9 +182,8 @@ def build(
         projector = _made(recipe.projector, lambda: recipe.projector.build(made.shape[1], run))
     made = _tried(recipe.projector, projector, "out_dim", made)
     dim = made.shape[1]
-    predictor = None
-    if recipe.predictor is not None:
-        spec = recipe.predictor
+    predictor, spec = None, recipe.predictor
+    if spec is not None:
         with randomness.seeded(run.seed, "predictor"):
             predictor = _made(spec, lambda: spec.build(dim, run))
         _tried(spec, predictor, "out_dim", made)
@@ -195,7 +194,8 @@ def build(
     _check_fit(recipe, needs, cast(LossModule, loss), cast(TargetModule, updater), predictor, run)
     encoder, train, split = Encoder(backbone, projector), recipe.train, _groups_here(recipe, run)
     if start:  # before the target is made, which begins as a copy
-        start.take({"backbone": backbone, "projector": projector, "predictor": predictor, "loss": loss})
+        start.take({"backbone": backbone, "projector": projector, "predictor": predictor, "loss": loss},
+                   recipe.backbone, run)  # fmt: skip
     model = _made(
         recipe.target_updater,
         lambda: Siamese(encoder, predictor, cast(TargetModule, updater), run.views, needs, train.forward, split),
@@ -210,6 +210,7 @@ def build(
                 "train.batch_norm = 'sync': torch's SyncBatchNorm needs GPUs; use 'local', or networks with GroupNorm"
             )
         synchronise_batch_norm(model, "the model")
+    freezing.freeze(model.online.backbone, model.target, train.freeze or ())
     model.to(device)
     loss.to(device)
     updater.to(device)

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from sslkit import local
 from sslkit.diff import Change, differences
@@ -14,7 +15,7 @@ from sslkit.initialise import pinned, run_of
 from sslkit.recipe import Recipe, parse_recipe
 from sslkit.run_directory import read_json
 from sslkit.sources import place
-from sslkit.starting_point import InitFrom
+from sslkit.starting_point import PLACES, InitFrom
 from sslkit.words import COMMAND, spoken
 
 
@@ -128,6 +129,9 @@ def _same_start(recipe: Recipe, was: InitFrom, *, fork: bool) -> bool:
     now = recipe.init_from
     if now is None:
         return fork
+    if now.run is None or was.run is None:
+        now = now if now.timm is not None or now.weights or now == _unpinned(was) else pinned(recipe).init_from or now
+        return now == _unpinned(was) or _placeless(now) == _placeless(was)
     if not fork and now.parts != was.parts:
         return False
     run, now = run_of(now)
@@ -135,6 +139,15 @@ def _same_start(recipe: Recipe, was: InitFrom, *, fork: bool) -> bool:
         return now.checkpoint in ("last", "best", was.checkpoint)
     found = pinned(recipe).init_from
     return found is not None and (found.weights, found.branch) == (was.weights, was.branch)
+
+
+def _unpinned(start: InitFrom) -> InitFrom:
+    return start.model_copy(update={"weights": None})
+
+
+def _placeless(start: InitFrom) -> dict[str, Any] | None:
+    """What says which weights these are, wherever they lie; None where that is not known."""
+    return {**start.model_dump(), **dict.fromkeys(PLACES)} if start.weights else start.model_dump()
 
 
 def _changes(earlier: Recipe, recipe: Recipe) -> list[Change]:
@@ -145,7 +158,7 @@ def _changes(earlier: Recipe, recipe: Recipe) -> list[Change]:
         return changed
     rest = [change for change in changed if not change.key.startswith("init_from")]
     a, b = ({k: v for k, v in start.model_dump(mode="json", exclude_defaults=True).items() if k != "weights"}
-            | {"run": local.near(Path(start.run))} for start in (was, now))  # fmt: skip
+            | ({"run": local.near(Path(start.run))} if start.run else {}) for start in (was, now))  # fmt: skip
     if a == b:
         a, b = ({**table, "weights": start.weights} for table, start in ((a, was), (b, now)))
     return [*rest, Change("init_from", a, b)]

@@ -1,4 +1,4 @@
-"""First weights from a run: found, verified, and given to the networks that they fit.
+"""First weights from a run, or from elsewhere: found, verified, and given to the networks that they fit.
 
 A run is read and never changed: it may be somebody else's, or train at the same time.
 """
@@ -14,15 +14,17 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch import Tensor, nn
+from torch import nn
 
 from sslkit import checkpoint as checkpoints
 from sslkit import local, registry
+from sslkit.api import Backbone, RunInfo
 from sslkit.errors import RunFailed, UserError
 from sslkit.recipe import Recipe
 from sslkit.starting_point import InitFrom, Part
+from sslkit.weights_files import Import, file_digest, imported, misfit
 from sslkit.words import spoken
 
 FILES = ("loss.safetensors", "model.safetensors")
@@ -30,7 +32,7 @@ FILES = ("loss.safetensors", "model.safetensors")
 
 
 @dataclass
-class Start:
+class RunStart:
     """The weights of a checkpoint, for the parts of another run."""
 
     given: InitFrom
@@ -46,7 +48,9 @@ class Start:
     left: dict[Part, str] = field(default_factory=dict)
     """Why the others were not taken, and what they begin as."""
 
-    def take(self, modules: Mapping[Part, nn.Module | None]) -> None:
+    def take(
+        self, modules: Mapping[Part, nn.Module | None], spec: Backbone | None = None, run: RunInfo | None = None
+    ) -> None:
         """Give these parts their weights: a part as a whole, or not at all.
 
         Raises:
@@ -126,7 +130,7 @@ class Start:
     def facts(self) -> dict[str, Any]:
         """What `env.json` and every checkpoint record."""
         return {
-            "run": local.near(Path(self.given.run)),
+            "run": local.near(Path(self.given.run or "")),
             "step": self.found.step,
             "branch": self.given.branch,
             "recipe": self.origin.get("name"),
@@ -138,17 +142,8 @@ class Start:
         }
 
 
-def misfit(module: nn.Module, weights: Mapping[str, Any]) -> str:
-    """The first thing in which weights do not fit a module, and how many more; empty where they do."""
-    here = module.state_dict()
-    problems = [f"{name} is missing there" for name in here if name not in weights]
-    problems += [f"{name} is unknown here" for name in weights if name not in here]
-    problems += [
-        f"{name} is {list(weights[name].shape)} there and {list(value.shape)} here"
-        for name, value in here.items()
-        if isinstance(value, Tensor) and isinstance(weights.get(name), Tensor) and value.shape != weights[name].shape
-    ]
-    return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") if problems else ""
+Start: TypeAlias = RunStart | Import
+"""Weights that networks begin with."""
 
 
 # ---------------------------------------------------------------- finding
@@ -167,6 +162,8 @@ def find(recipe: Recipe, tell: Callable[[str], None], *, fork: bool = False) -> 
     """
     if recipe.init_from is None:
         return None
+    if recipe.init_from.run is None:
+        return imported(recipe.init_from)
     key = spoken().fork if fork else "init_from"
     run, given = run_of(recipe.init_from)
     if not (run / "recipe.lock.toml").is_file():
@@ -184,15 +181,20 @@ def find(recipe: Recipe, tell: Callable[[str], None], *, fork: bool = False) -> 
     if branch == "target" and not any(name.startswith("target.") for name in found.parts["model"]):
         raise UserError(f"{key}.branch: {local.near(run)}: has no target network of its own; use 'online'")
     now = {"run": run.as_posix(), "checkpoint": found.step, "branch": branch, "weights": digest}
-    return Start(given.model_copy(update=now), found, _origin(run), registry.name_of(type(recipe.loss)), fork)
+    return RunStart(given.model_copy(update=now), found, _origin(run), registry.name_of(type(recipe.loss)), fork)
 
 
 def pinned(recipe: Recipe) -> Recipe:
     """The recipe with the step, the branch and the digest of the weights that it would begin with; as it is where they
-    cannot be had. Only small files are read."""
+    cannot be had, or not without fetching them."""
     if recipe.init_from is None or recipe.init_from.weights:
         return recipe
     with suppress(UserError, OSError, ValueError, KeyError):
+        if recipe.init_from.file is not None:
+            digest = file_digest(Path(recipe.init_from.file))
+            return recipe.model_copy(update={"init_from": recipe.init_from.model_copy(update={"weights": digest})})
+        if recipe.init_from.run is None:  # timm's are known once they were fetched
+            return recipe
         run, given = run_of(recipe.init_from)
         path = _chosen(run, given, "init_from")
         facts = json.loads((path / "state.json").read_text(encoding="utf-8"))["facts"]
@@ -204,11 +206,13 @@ def pinned(recipe: Recipe) -> Recipe:
 
 def seen_from(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the path in `init_from` as a file in this folder has to say it."""
-    if recipe.init_from is None:
+    given = recipe.init_from
+    if given is None or given.timm is not None:
         return recipe
     with suppress(ValueError):  # another drive
-        run = Path(os.path.relpath(recipe.init_from.run, folder)).as_posix()
-        return recipe.model_copy(update={"init_from": recipe.init_from.model_copy(update={"run": run})})
+        place = "run" if given.file is None else "file"
+        seen = Path(os.path.relpath(getattr(given, place), folder)).as_posix()
+        return recipe.model_copy(update={"init_from": given.model_copy(update={place: seen})})
     return recipe
 
 
@@ -221,7 +225,7 @@ def weights_digest(path: Path) -> str:
 
 def run_of(given: InitFrom) -> tuple[Path, InitFrom]:
     """The run's directory, where the path may be that of one of its checkpoints."""
-    path = Path(os.path.normpath(Path.cwd() / given.run))
+    path = Path(os.path.normpath(Path.cwd() / (given.run or "")))
     if path.parent.name == "checkpoints" and (step := re.fullmatch(r"step-(\d{9,})", path.name)):
         return path.parent.parent, given.model_copy(update={"checkpoint": int(step[1])})
     return path, given

@@ -201,8 +201,8 @@ class Recipe(BaseModel):
     init_from: (
         Annotated[InitFrom, BeforeValidator(starting_point.filled, json_schema_input_type=str | InitFrom)] | None
     ) = None
-    """A run whose weights the networks begin with: its directory, or a table. Without it they are drawn from the seed.
-    A run that goes on has its own weights, and the other run may be gone by then."""
+    """Whose weights the networks begin with: a run's directory, `timm:NAME`, a `.safetensors` file, or a table. Without
+    it they are drawn from the seed. A run that goes on has its own weights, and the others may be gone by then."""
     train: Train
     """How long, how large, how precise."""
     observers: Annotated[
@@ -246,10 +246,8 @@ class Recipe(BaseModel):
         if self.train.compile_chosen == self.train.compile:
             computed["train"]["compile"] = "auto"
         if self.init_from is not None and self.init_from.weights:
-            del (
-                computed["init_from"]["run"],
-                computed["init_from"]["checkpoint"],
-            )  # the weights say it, wherever they lie
+            for name in (*starting_point.PLACES, "checkpoint"):  # the weights say it, wherever they lie
+                computed["init_from"].pop(name, None)
         names = {local.use_of(part): local.computed_name(part) for part in self.local_parts()}
         without_places: dict[str, Any] = local.renamed(computed, lambda use: names.get(use, use))
         return without_places

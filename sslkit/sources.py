@@ -322,9 +322,10 @@ def _override(tables: dict[str, Any], overrides: Iterable[str], origin: Origin) 
         if keys == ("extends",):
             raise UserError(f"--set {override}: a recipe says in its file what it extends")
         typed = local.anchored({keys[-1]: _typed(raw.strip(), override)}, Path())[keys[-1]]
-        if keys in (("init_from",), ("init_from", "run")):
-            path = starting_point.anchored({"init_from": {"run": typed} if keys[1:] else typed}, Path())["init_from"]
-            typed = path["run"] if keys[1:] else path
+        if keys in (("init_from",), ("init_from", "run"), ("init_from", "file")):
+            table = {keys[-1]: typed} if keys[1:] else typed
+            path = starting_point.anchored({"init_from": table}, Path())["init_from"]
+            typed = path[keys[-1]] if keys[1:] else path
         parsed.append((keys, typed, override))
     for keys, value, override in sorted(parsed, key=lambda p: (0, len(p[0])) if p[0][-1] == "use" else (1, 0)):
         _set(tables, keys, value, override, origin)
