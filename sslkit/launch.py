@@ -15,7 +15,8 @@ from rich.console import Console
 
 from sslkit import checkpoint, distributed, doctor, forking, initialise, launcher, state, view_grid
 from sslkit.attending import Attending
-from sslkit.build import Parts, choose_device, resolve_compile
+from sslkit.build import Parts, choose_device
+from sslkit.compiling import resolve_compile
 from sslkit.distributed import World
 from sslkit.environment import environment
 from sslkit.errors import RunFailed, SslkitError

@@ -16,7 +16,8 @@ from rich.table import Table
 from torch import nn
 
 from sslkit import forking
-from sslkit.build import Parts, choose_device, resolve_compile
+from sslkit.build import Parts, choose_device
+from sslkit.compiling import resolve_compile
 from sslkit.nn import ScheduledNumber
 from sslkit.preparation import prepare, tell_findings, view_pixels
 from sslkit.progress import say

@@ -28,6 +28,7 @@ FLOORS: list[set[str]] = [
         "panel",
         "anomaly",
         "features",
+        "compiling",
         "data",
         "viewing",
         "freezing",
