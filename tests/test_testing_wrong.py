@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from wrong_plugins import Case, losses, networks, others, right, slow_import, specs, training, unusual, views
+from wrong_plugins import Case, losses, networks, originals, others, right, slow_import, specs, training, unusual, views
 
 import sslkit.testing
 from sslkit import registry
@@ -18,7 +18,7 @@ from sslkit.testing.bench import Bench
 from sslkit.testing.core import CHECKS, attempt
 
 sslkit.testing.checks()
-MODULES = (slow_import, specs, networks, losses, views, others, training)
+MODULES = (slow_import, specs, networks, losses, views, others, originals, training)
 CASES: list[Case] = [case for module in MODULES for case in module.CASES]
 
 

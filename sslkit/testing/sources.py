@@ -198,3 +198,84 @@ def bad_images(bench: Bench) -> None:
         require(
             {"path", "problem"} <= set(entry), f"an entry of bad is {entry!r}; give it the keys 'path' and 'problem'"
         )
+
+
+@check("original() gives each image as it is, uint8 [C, h, w] of the height and width in `sizes`", KIND)
+def originals(bench: Bench) -> None:
+    """Views are drawn for the sizes before any image is read."""
+    given = [(name, which) for name, which in _sets(bench) if getattr(which, "sizes", None) is not None]
+    if not given:
+        raise NotApplicable("it gives squares only, having no `sizes`")
+    for name, which in given:
+        sizes = which.sizes
+        require(
+            isinstance(sizes, Tensor)
+            and sizes.dtype == torch.int32
+            and tuple(sizes.shape) == (len(which), 2)
+            and sizes.device.type == "cpu",
+            f"{name}.sizes is {_put(sizes)} for {len(which)} images; make it an int32 tensor [{len(which)}, 2] on the "
+            "CPU: height and width of each",
+        )
+        channels = which.read(torch.zeros(1, dtype=torch.int64)).shape[1]
+        for index in _some(which).tolist():
+            image = which.original(index)
+            expected = [channels, *sizes[index].tolist()]
+            require(
+                isinstance(image, Tensor) and image.dtype == torch.uint8 and list(image.shape) == expected,
+                f"{name}.original({index}) gives {_put(image)}; it should be uint8 {expected}, by its channels and "
+                "`sizes`",
+            )
+            require(
+                image.is_contiguous() and image.device.type == "cpu",
+                f"{name}.original({index}) is not a tensor in one piece on the CPU; call contiguous()",
+            )
+        _read_whole_at_once(name, which)
+
+
+def _read_whole_at_once(name: str, which: Any) -> None:
+    rows = _some(which).tolist()
+    expected = {index: which.original(index).clone() for index in rows}
+
+    def alike(index: int) -> bool:
+        with _giving_way():
+            return torch.equal(which.original(index), expected[index])
+
+    with ThreadPoolExecutor(READERS) as pool:
+        same = all(list(pool.map(alike, rows * READS)))
+    require(
+        same, f"{name}.original() gives another image the second time, or where {READERS} threads read at once; {LOCK}"
+    )
+
+
+@check("order() is a permutation that follows from its generator alone; sample() gives ascending positions", KIND)
+def shards(bench: Bench) -> None:
+    """Of a set that is cheap to read in some orders only."""
+    given = [(name, w) for name, w in _sets(bench) if hasattr(w, "order") or hasattr(w, "sample")]
+    if not given:
+        raise NotApplicable("its images may be read in any order, having no order() and sample()")
+    for name, which in given:
+        require(
+            hasattr(which, "order") and hasattr(which, "sample"),
+            f"{name} has one of order() and sample(); a set that lies in shards has both",
+        )
+        first = which.order(randomness.generator(0, "order"))
+        every = torch.arange(len(which))
+        require(
+            isinstance(first, Tensor) and first.dtype == torch.int64 and torch.equal(first.sort().values, every),
+            f"{name}.order() gives {_put(first)}; it should be int64 [{len(which)}] with every position once",
+        )
+        require(
+            torch.equal(first, which.order(randomness.generator(0, "order"))),
+            f"{name}.order() gives another order for the same generator; take every random number from the generator",
+        )
+        require(
+            len(which) < 8 or not torch.equal(first, which.order(randomness.generator(1, "order"))),
+            f"{name}.order() gives the same order for another generator, so that all epochs would be alike",
+        )
+        for number in (1, 5, 10 * len(which)):
+            chosen = which.sample(number)
+            rising = isinstance(chosen, Tensor) and chosen.dtype == torch.int64 and bool((chosen.diff() > 0).all())
+            require(
+                rising and 0 < len(chosen) <= number and int(chosen.min()) >= 0 and int(chosen.max()) < len(which),
+                f"{name}.sample({number}) should be int64, ascending, {number} positions of the set at most",
+            )

@@ -225,3 +225,73 @@ def clean_images(bench: Bench) -> None:
         "clean() makes another picture of an image when other images are in the batch; normalise with the run's mean "
         "and std, not the batch's",
     )
+
+
+SIZES = ((40, 90), (64, 33), (97, 97), (12, 20))
+"""Height and width of images that views are cut from."""
+ALIKE = 0.02
+"""How far the crop that is cut may be from the one that is cropped, on average, on the scale 0..1."""
+
+
+@check("cut() makes of one image of any size what crop() makes of squares, by parameters of draw_sized()", KIND)
+def cuts(bench: Bench) -> None:
+    """Where a data source gives images as they lie in their files."""
+    maker = bench.built()
+    if not (hasattr(maker, "cut") or hasattr(maker, "draw_sized")):
+        raise NotApplicable("it crops squares only, having no draw_sized() and cut()")
+    require(
+        hasattr(maker, "cut") and hasattr(maker, "draw_sized"),
+        "there is one of draw_sized() and cut(); views are cut from originals by both, or not at all",
+    )
+    side = bench.run.image_size
+    drawn_for = torch.full((N, 2), side, dtype=torch.int32)
+    plain, sized = (
+        maker.draw(N, randomness.generator(0, "views")),
+        maker.draw_sized(drawn_for, randomness.generator(0, "views")),
+    )
+    require(
+        plain.keys() == sized.keys() and all(torch.equal(plain[name], sized[name]) for name in plain),
+        "draw_sized() of squares of image_size draws something else than draw(); draw the same numbers in one order",
+    )
+    squares = pictures(N, bench.run)
+    cropped = maker.crop(squares, plain)
+    for number, crops in enumerate(zip(*_cut(bench, maker, list(squares), sized), strict=True)):
+        gap = float((torch.stack(crops).float() / 255 - cropped[number]).abs().mean())
+        require(
+            gap <= ALIKE,
+            f"cut() makes crop {number} of a square {gap:.2f} from what crop() makes of it, on average, on the scale "
+            "0..1; cut the same box, and flip where the row says so",
+        )
+    images = [
+        torch.nn.functional.interpolate(square[None], size, mode="bilinear")[0]
+        for square, size in zip(squares, SIZES, strict=False)
+    ]
+    parameters = maker.draw_sized(torch.tensor(SIZES, dtype=torch.int32), randomness.generator(0, "views"))
+    stacked = [torch.stack(own).float() / 255 for own in zip(*_cut(bench, maker, images, parameters), strict=True)]
+    for number, view in enumerate(maker.appear(stacked, parameters)):
+        finite(view, f"view {number} of crops that were cut")
+
+
+def _cut(bench: Bench, maker: Any, images: list[Tensor], parameters: Mapping[str, Tensor]) -> list[list[Tensor]]:
+    """The crops of each image, of the shapes that they should have, and of nothing but the image and its row."""
+    found = []
+    for number, image in enumerate(images):
+        row, before = {name: values[number] for name, values in parameters.items()}, image.clone()
+        with default_random_state(1):
+            crops = maker.cut(image, row)
+        require(torch.equal(image, before), "cut() changes the image that it is given; make a copy first")
+        with default_random_state(2):
+            again = maker.cut(image, row)
+        shapes = [(torch.uint8, (bench.run.channels, spec.size, spec.size)) for spec in maker.specs]
+        made = [(c.dtype, tuple(c.shape)) if isinstance(c, Tensor) else c for c in crops]
+        require(
+            made == shapes,
+            f"cut() of an image {list(image.shape)} gives {made}; it should be a list of uint8 [C, s, s], one for each "
+            "spec and of its size",
+        )
+        require(
+            all(torch.equal(a, b) for a, b in zip(crops, again, strict=True)),
+            "cut() gives other crops for the same row; draw whatever is random in draw_sized()",
+        )
+        found.append(list(crops))
+    return found

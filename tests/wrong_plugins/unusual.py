@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import PositiveInt
 
-from sslkit.api import Loss, Optimizer, ParamGroup, RunInfo
+from sslkit.api import DataInfo, DataSource, Loss, Optimizer, ParamGroup, RunInfo, ViewGenerator
 
 
 class ThreeViews(Loss):
@@ -48,4 +48,31 @@ class Lookahead(Optimizer):
         return SlowWeights([g.as_torch() for g in groups], self.every)
 
 
-UNUSUAL = [ThreeViews(), ManyLocal(), OnEmbeddings(), Lookahead(lr=0.1)]
+class Cutting(ViewGenerator):
+    """Two views, of squares or of originals: mirrored at random, and brighter or darker."""
+
+    strength: float = 0.4
+    """How much brighter or darker."""
+
+    def build(self, run: RunInfo) -> Any:
+        from wrong_plugins.unusual_parts import CutMirrored
+
+        return CutMirrored(run, self.strength)
+
+
+class OfManySizes(DataSource):
+    """Noise of many sizes, in two shards."""
+
+    number: PositiveInt = 20
+    """How many images."""
+
+    def build(self, info: DataInfo) -> Any:
+        from wrong_plugins.right_parts import Opened
+        from wrong_plugins.unusual_parts import ManySizes
+
+        opened = Opened(1)
+        opened.train = ManySizes(self.number)
+        return opened
+
+
+UNUSUAL = [ThreeViews(), ManyLocal(), OnEmbeddings(), Lookahead(lr=0.1), Cutting(), OfManySizes()]

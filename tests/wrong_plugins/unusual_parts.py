@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sslkit.api import Branches, LossTerms, Needs
 from sslkit.errors import UserError
+from wrong_plugins.right_parts import Mirrored
 
 
 class Triplet(nn.Module):
@@ -76,3 +77,41 @@ class SlowWeights(torch.optim.Optimizer):
                 state["steps"] += 1
                 if state["steps"] % self.every == 0:
                     p.copy_(state["slow"].lerp_(p, 0.5))
+
+
+class CutMirrored(Mirrored):
+    def draw_sized(self, sizes: Tensor, generator: torch.Generator) -> Any:
+        return self.draw(len(sizes), generator)
+
+    def cut(self, original: Tensor, row: Any) -> Any:
+        crops = [
+            torch.nn.functional.interpolate(original[None], (spec.size,) * 2, mode="bilinear", antialias=True)[0]
+            for spec in self.specs
+        ]
+        return [crop.flip(2) if flip else crop for crop, flip in zip(crops, row["flip"].tolist(), strict=True)]
+
+
+class ManySizes:
+    tensor = None
+
+    def __init__(self, number: int = 20) -> None:
+        drawn = torch.Generator().manual_seed(0)
+        self.sizes = torch.randint(9, 40, (number, 2), generator=drawn, dtype=torch.int32)
+        self.noise = [torch.randint(0, 256, (3, *s), generator=drawn, dtype=torch.uint8) for s in self.sizes.tolist()]
+        self.labels: Any = torch.arange(number) % 2
+
+    def __len__(self) -> int:
+        return len(self.noise)
+
+    def original(self, index: int) -> Any:
+        return self.noise[index]
+
+    def read(self, indices: Tensor) -> Any:
+        return torch.stack([self.noise[i][:, :8, :8] for i in indices.tolist()])
+
+    def order(self, generator: torch.Generator) -> Any:
+        half = len(self) // 2
+        return torch.cat([torch.randperm(half, generator=generator), half + torch.randperm(half, generator=generator)])
+
+    def sample(self, n: int) -> Any:
+        return torch.arange(min(n, len(self)))
