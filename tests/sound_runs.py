@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sslkit.rules import Course, Facts, Rule, Seen
-from sslkit_rules import collapse, course, divergence, progress
+from sslkit_rules import collapse, course, divergence, loading, progress
 
 EPOCH = 84
 
@@ -152,7 +152,7 @@ def records(steps: dict[str, list[float]], epochs: dict[str, list[float]]) -> li
 
 RULES: dict[str, Rule] = {
     name: value
-    for module in (collapse, divergence, course, progress)
+    for module in (collapse, divergence, course, loading, progress)
     for name, value in vars(module).items()
     if isinstance(value, Rule)
 }

@@ -27,7 +27,7 @@ from sound_runs import (
 )
 
 from sslkit.rules import Course, Facts
-from sslkit_rules import collapse, divergence
+from sslkit_rules import collapse, divergence, loading
 
 # ---------------------------------------------------------------- sound runs
 
@@ -274,3 +274,26 @@ def test_views_that_are_pushed_apart() -> None:
     assert look(collapse.views_pushed_apart, byol(late("cosine", lambda *_: -0.05, 100))) is None
     rising = [{"step": step, "cosine": -0.9 + 0.02 * step} for step in range(20)]
     assert look(collapse.views_pushed_apart, Course(Facts(), {}, rising)) is None, "they come together"
+
+
+# ---------------------------------------------------------------- waiting for data
+
+
+@pytest.mark.parametrize(("share", "severe"), [(0.1, None), (0.11, "info"), (0.4, "info"), (0.41, "warning")])
+def test_data_wait(share: float, severe: str | None) -> None:
+    seen = look(loading.data_wait, byol(lambda line: {"data_wait": share} if "loss" in line else {}))
+    if severe is None:
+        assert seen is None
+        return
+    assert seen is not None
+    assert seen.severity == severe
+    assert f"{share:.0%} of the time is spent waiting for images" in seen.text
+
+
+def test_data_wait_forgets_a_slow_beginning_and_wants_three_records() -> None:
+    def waits(*shares: float) -> Course:
+        return Course(Facts(), {}, [{"step": n, "data_wait": share} for n, share in enumerate(shares)])
+
+    assert look(loading.data_wait, waits(*[0.9] * 30, *[0.01] * 20)) is None
+    assert look(loading.data_wait, waits(0.9, 0.9)) is None
+    assert told(loading.data_wait, waits(0.9, 0.9, 0.02)).severity == "warning"

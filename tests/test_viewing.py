@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import shutil
 import threading
 import time
@@ -14,6 +16,7 @@ import pytest
 import torch
 from conftest import TINY, generator, run, run_info
 from original_pictures import Pictures
+from rich.console import Console
 from torch import Tensor
 
 from sslkit import features, local, randomness, view_grid
@@ -24,6 +27,7 @@ from sslkit.distributed import World
 from sslkit.errors import RunFailed, UserError
 from sslkit.recipe import Recipe, parse_recipe
 from sslkit.run_directory import RunDirectory, read_metrics
+from sslkit.summary import summarise
 from sslkit.trainer import Trainer
 from sslkit.viewing import Hands, Viewing, part_of
 from sslkit_crops import Identity, MultiCrop, TwoCrops, ViewGroup
@@ -265,6 +269,17 @@ def test_a_run_on_originals_is_resumed_to_the_last_bit_and_replayed(beside: Path
     assert replayed.exit_code == 0, replayed.output
     assert "differs" not in replayed.output
     assert Path("batch.png").stat().st_size > 1000
+
+
+def test_a_run_that_waited_for_images_says_so_when_it_ends(beside: Path) -> None:
+    assert run("train", "r.toml", "--allow-local-code", "--run-dir", "r", "--steps", "2").exit_code == 0
+    metrics = beside / "r" / "metrics.jsonl"
+    for share, said in ((0.06, False), (0.38, True)):
+        line = json.dumps({"step": 2, "epoch": 0.3, "loss": 1.0, "data_wait": share})
+        metrics.write_text(line + "\n", encoding="utf-8")
+        told = Console(record=True, width=200, file=io.StringIO())
+        summarise(beside / "r", told)
+        assert ("38% of the time was spent waiting for images" in told.export_text()) is said
 
 
 def test_views_that_cannot_be_cut_from_originals_are_refused_by_name(beside: Path) -> None:
