@@ -1,7 +1,7 @@
 """A run's directory: one writer, and files that say what was run and how it goes.
 
 `recipe.lock.toml`, `env.json`, `status.json`, `metrics.jsonl`, `bad_samples.jsonl`, `checkpoints/`, `tensorboard/`,
-`local/`.
+`local/`. Beside them lie what is made from them: `report.html`, `evaluation.json` and `evaluation/`.
 """
 
 from __future__ import annotations

@@ -2,10 +2,214 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from datetime import UTC, datetime
+from os import PathLike
+from typing import TYPE_CHECKING, Any, Literal
+
+from sslkit.errors import UserError, printable
+from sslkit.evaluation import told
+from sslkit.evaluation.protocols import ONCE, WORDS, Wanted, percentages
+from sslkit.evaluation.told import Evaluation
+
+if TYPE_CHECKING:
+    from sslkit.evaluation.material import Material
+    from sslkit.evaluation.scoring import Score
+    from sslkit.opened_run import Branch, OpenedRun
+
+__all__ = ["Evaluation", "command", "evaluate"]
+
+
+def evaluate(
+    run_dir: str | PathLike[str],
+    protocols: Sequence[str] = ("knn", "linear"),
+    *,
+    branch: Branch = "evaluated",
+    checkpoint: Literal["last", "best"] | int = "last",
+    k: int = 200,
+    temperature: float = 0.1,
+    bank: int = 0,
+    queries: int = 0,
+    layer: Literal["backbone", "projection"] = "backbone",
+    labels: Sequence[float] = (1, 10, 100),
+    epochs: int | None = None,
+    patches: int = 16,
+    seeds: int = 1,
+    floor: bool = True,
+    cache: bool = True,
+    overrides: Sequence[str] = (),
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    allow_local_code: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> Evaluation:
+    """Measure what a run's features are worth: what `sslkit evaluate` does.
+
+    The figures are written to `evaluation.json` in the run's directory, each as soon as it is there, and into its
+    report, if it has one. Features are kept in `evaluation/` and used again while the weights are the same.
+
+    Args:
+        run_dir: The run's directory.
+        protocols: Of `knn`, `linear`, `linear_sgd`, `finetune` and `patches`; docs/reference/evaluation.md describes
+            them.
+        branch: Whose weights; `evaluated` is the branch that the run's own figures are of.
+        checkpoint: `last`, `best` or the number of a step. `best` was chosen by kNN on the test images.
+        k: Neighbours that vote in kNN.
+        temperature: Of their weights exp(cosine / temperature).
+        bank: Training images in kNN's bank; 0 is all.
+        queries: Test images, of every protocol; 0 is all.
+        layer: Whose output the features are: the backbone's or the projector's.
+        labels: Percentages of the training images whose labels fine-tuning sees.
+        epochs: Of `linear_sgd` and `finetune`; None is the protocol's own number.
+        patches: Views of an image whose features are averaged.
+        seeds: How often what is drawn at random (splits, batches) is drawn.
+        floor: Measure the random network and raw pixels, too.
+        cache: Use features that were kept, and keep them.
+        overrides: As `sslkit train --set`: other data, `data_source.root=...`, are taken only if they are named so.
+        device: Where; `auto` is CUDA where there is a device.
+        allow_local_code: Let the run's own copies of components in files beside its recipe run.
+        say: Told what goes on.
+
+    Raises:
+        UserError: there is no run, its data have no labels or are not what they were, or an argument does not fit.
+        RunFailed: a checkpoint is damaged, or the features are not finite.
+    """
+    wanted = Wanted(tuple(protocols), k, temperature, bank, queries, layer, tuple(labels), epochs, patches, seeds,
+                    floor, cache, tuple(overrides))  # fmt: skip
+    if device not in ("auto", "cpu", "cuda"):
+        raise UserError(f"device: should be 'auto', 'cpu' or 'cuda', not {device!r}")
+    from sslkit.opened_run import open_run
+
+    opened = open_run(run_dir, branch, checkpoint, allow_local_code=allow_local_code)
+    return _evaluate(opened, wanted, device, say)
 
 
 def command(runs: Sequence[str], **how: Any) -> None:
     """What the command does; its options are in `sslkit.cli_use`."""
-    raise NotImplementedError
+    wanted = Wanted(
+        protocols=how["protocols"] or ("knn", "linear"), k=how["k"], temperature=how["temperature"], bank=how["bank"],
+        queries=how["queries"], layer=how["layer"], labels=percentages(how["labels"]), epochs=how["epochs"],
+        patches=how["patches"], seeds=how["seeds"], floor=not how["no_floor"], cache=not how["no_cache"],
+        overrides=how["overrides"],
+    )  # fmt: skip
+    from sslkit import local
+    from sslkit.opened_run import open_run
+
+    leave = local.is_allowed()
+    opened = [open_run(run, how["branch"], how["checkpoint"], allow_local_code=leave) for run in runs]
+    _same(opened, wanted)
+    found = [_evaluate(one, wanted, how["device"], _tell) for one in opened]
+    if how["as_json"]:
+        print(json.dumps(_as_json(found), indent=1))
+    elif how["markdown"]:
+        print(told.markdown(found))
+    else:
+        print("\n".join(_told(found)))
+
+
+def _tell(text: str) -> None:
+    print(printable(text), file=sys.stderr, flush=True)
+
+
+def _told(found: Sequence[Evaluation]) -> Iterator[str]:
+    """All that the command prints."""
+    yield told.table(found)
+    bases = dict.fromkeys(str(record["protocol"]) for record in found[0].records)
+    for name in dict.fromkeys("patches" if base.startswith("patches") else base for base in bases):
+        yield f"{name}: {WORDS[name]}"
+    yield ONCE
+    record = found[0].records[0]
+    data, test = record["data"], record["options"]["test_set"]
+    yield f"Data: {data['train']:,} training and {data['test']:,} test images ({test}), {data['classes']} classes"
+    yield f"Weights: step {record['checkpoint']['step']}, {record['branch']} network"
+    if record["checkpoint"]["which"] == "best":
+        yield "The checkpoint was chosen by kNN on the test images, which favours its figures."
+    if len(found) > 1:
+        yield f"+- is the sample standard deviation over {len(found)} runs"
+    yield told.markdown(found)
+    for one in found:
+        yield f"{one.run / told.FILE}: has these figures and all that they depend on"
+
+
+def _as_json(found: Sequence[Evaluation]) -> dict[str, Any]:
+    return {
+        "runs": [{"run": str(one.run), "name": one.name, "seed": one.seed, "records": one.records} for one in found],
+        "over_runs": [
+            {"protocol": record["protocol"], "options": record["options"], "top1": top1, "spread": spread,
+             "runs": len(found)}
+            for record, top1, spread in told.over_runs(found)
+        ],
+    }  # fmt: skip
+
+
+def _same(opened: Sequence[OpenedRun], wanted: Wanted) -> None:
+    """Mean and spread are of runs that differ in their seed alone.
+
+    Raises:
+        UserError: they differ in something else, or a run was given twice.
+    """
+    if len(opened) < 2:
+        return
+    from sslkit.diff import differences
+
+    places = [one.run.resolve() for one in opened]
+    if twice := next((one for one in opened if places.count(one.run.resolve()) > 1), None):
+        raise UserError(f"{twice.run}: is given twice")
+    first = opened[0]
+    recipe = first.recipe(wanted.overrides)
+    for one in opened[1:]:
+        changes = [change for change in differences(recipe, one.recipe(wanted.overrides)) if change.key != "seed"]
+        if changes:
+            more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
+            raise UserError(f"{first.run} and {one.run} differ in more than their seed ({changes[0]}{more}), so a mean "
+                            "over them means nothing; evaluate them one at a time")  # fmt: skip
+        if (first.step, first.branch) != (one.step, one.branch):
+            raise UserError(f"{first.run} and {one.run} have weights of step {first.step} ({first.branch}) and "
+                            f"{one.step} ({one.branch}); choose a checkpoint that both have")  # fmt: skip
+        if first.facts.get("data_fingerprint") != one.facts.get("data_fingerprint"):
+            raise UserError(f"{first.run} and {one.run} were trained on other data; evaluate them one at a time")
+
+
+def _evaluate(opened: OpenedRun, wanted: Wanted, device: str, say: Callable[[str], None]) -> Evaluation:
+    from sslkit import local
+    from sslkit.evaluation import material as materials
+    from sslkit.evaluation import scoring
+
+    told.prepare(opened.run)
+    with local.allowed(opened.allow_local_code):
+        material = materials.open_material(opened, wanted.overrides, wanted.queries, device, wanted.cache, say)
+        networks = materials.networks(material, wanted.layer, wanted.floor)
+        records = []
+        for protocol in scoring.protocols_of(material, wanted):
+            scores = [scoring.score(material, network, protocol, wanted) for network in networks]
+            record = _record(material, [one for one in scores if one is not None])
+            told.keep(opened.run, [record])
+            records.append(record)
+    if (opened.run / "report.html").is_file():
+        from sslkit import report
+
+        report.write(opened.run)
+    return Evaluation(opened.run, material.recipe.name, material.recipe.seed, records)
+
+
+def _record(material: Material, scores: Sequence[Score]) -> dict[str, Any]:
+    """What `evaluation.json` says of a protocol; docs/reference/evaluation.md promises its keys."""
+    import torch
+
+    from sslkit import __version__
+
+    opened, trained = material.opened, scores[0]
+    data = {
+        "fingerprint": material.data.fingerprint, "train": len(material.train.where), "test": len(material.test.where),
+        "classes": material.classes,
+    }  # fmt: skip
+    weights = {"step": opened.step, "which": opened.checkpoint, "weights": opened.weights}
+    return {
+        "protocol": trained.protocol.name, "title": trained.protocol.title, "options": trained.protocol.options,
+        "branch": opened.branch, "checkpoint": weights, "data": data, "top1": trained.top1, "spread": trained.spread,
+        "seeds": list(trained.seeds), **{one.network: one.top1 for one in scores[1:]},
+        "chosen": list(trained.chosen), "seconds": round(sum(one.seconds for one in scores), 2),
+        "recipe_hash": material.recipe.hash(), "sslkit": __version__, "torch": torch.__version__,
+        "device": material.device.type, "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    }  # fmt: skip

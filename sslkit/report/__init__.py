@@ -17,6 +17,7 @@ from sslkit.compare import ABSENT, Run, read_run
 from sslkit.errors import UserError, did_you_mean, printable
 from sslkit.page import asset, document, page_path, save
 from sslkit.report import curves
+from sslkit.report.evaluated import evaluated
 from sslkit.report.features import features, missing, views
 from sslkit.run_directory import died, read_json, refuse_strays
 
@@ -92,6 +93,8 @@ def text(run_dir: Path, *, reload: int | None = None) -> str:
         *_verdict(run, examined),
         "<h2>Figures</h2>",
         *_figures(run),
+        "<h2>Evaluation</h2>",
+        *evaluated(read_json(run_dir / "evaluation.json")),
         "<h2>Curves</h2>",
         *drawn,
         "<h2>Features</h2>",
@@ -120,7 +123,7 @@ def _running(directory: Path) -> bool:
 
 def _changed(directory: Path) -> list[tuple[int, int]]:
     """Changes whenever one of the files does that the page is made from."""
-    paths = [directory / name for name in (*FILES, "snapshot.json", "views.png")]
+    paths = [directory / name for name in (*FILES, "snapshot.json", "views.png", "evaluation.json")]
     return [(found.st_mtime_ns, found.st_size) for path in paths if path.is_file() for found in [path.stat()]]
 
 

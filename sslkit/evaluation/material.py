@@ -1,0 +1,327 @@
+"""What an evaluation works with: labelled images of a run's data, features of them, and test labels asked once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sslkit import features, initialise, local, randomness, registry
+from sslkit.api import Images, ImageSet
+from sslkit.build import choose_device, open_data
+from sslkit.errors import RunFailed, SslkitError, UserError
+from sslkit.evaluation.linear import stratified
+from sslkit.files import in_one_piece
+from sslkit.opened_run import OpenedRun, digest_of
+from sslkit.recipe import Recipe
+from sslkit.run_directory import read_metrics
+
+LABEL_FREE = ("effective_rank", "rankme", "alpha_req", "lidar", "std_sqrt_d")
+"""Figures of a run that need no labels."""
+TEST_SHARE = 0.2
+"""Of the training images, where there are no labelled test images."""
+PIXELS = 16
+"""Largest side of the pictures whose pixels stand in for features. Larger ones are worse at it and slower: on CIFAR-10
+kNN sorts .334 of them rightly at 16 px, .309 at 32 px."""
+FOLDER = "evaluation"
+"""Where features are kept, in the run's directory."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Labelled images of one set."""
+
+    name: str
+    images: Images
+    where: Tensor
+    """Positions in the set, int64 `[n]`."""
+    labels: Tensor
+    """int64 `[n]`, on the CPU."""
+
+    def part(self, where: Tensor) -> Split:
+        """Some of them, by their rows here."""
+        return replace(self, where=self.where[where], labels=self.labels[where])
+
+
+class Exam:
+    """The test labels. Whoever has made all choices asks once, so that none is made by the answer."""
+
+    def __init__(self, labels: Tensor) -> None:
+        self._labels = labels
+        self.asked: list[str] = []
+        """Who did, in their order."""
+
+    def score(self, who: str, predicted: Tensor) -> float:
+        """Share of the test images that were classified rightly.
+
+        Raises:
+            RuntimeError: the same one asks again.
+        """
+        if who in self.asked:
+            raise RuntimeError(f"{who} was scored on the test images already")
+        self.asked.append(who)
+        return float((predicted.cpu() == self._labels).float().mean())
+
+
+@dataclass
+class Material:
+    """A run, its data, and where and how features are computed."""
+
+    opened: OpenedRun
+    recipe: Recipe
+    data: ImageSet
+    train: Split
+    test: Split
+    exam: Exam
+    classes: int
+    held_out: bool
+    """Whether the test images were taken out of the training images."""
+    device: torch.device
+    keep: bool
+    """Whether features are read from and written to the run's directory."""
+    say: Callable[[str], None]
+    known: dict[str, features.FeatureCache] = field(default_factory=dict)
+
+    @property
+    def bf16(self) -> bool:
+        """Features are computed as the run's own figures are."""
+        return self.recipe.train.precision == "bf16"
+
+
+def open_material(
+    opened: OpenedRun, overrides: Sequence[str], queries: int, device: str, keep: bool, say: Callable[[str], None]
+) -> Material:
+    """Open a run's data.
+
+    Raises:
+        UserError: it has no labels, or is not what the run was trained on.
+    """
+    recipe = opened.recipe(overrides)
+    with local.allowed(opened.allow_local_code):
+        data = open_data(recipe, say)
+    was = opened.facts.get("data_fingerprint")
+    if data.fingerprint != was and not overrides:
+        raise UserError(
+            f"{opened.run}: its data are not what it was trained on (fingerprint {data.fingerprint[:12]}, was "
+            f"{str(was)[:12]}); give other data on purpose by setting an option, as data_source.seed=1"
+        )
+    shape = data.train.read(torch.zeros(1, dtype=torch.int64)).shape[1:]
+    if shape[0] != opened.info.channels:
+        raise UserError(f"{opened.run}: was trained on images of {opened.info.channels} channels, and these have "
+                        f"{shape[0]}; convert them, or evaluate on others")  # fmt: skip
+    if data.train.labels is None or not (data.train.labels >= 0).any():
+        raise UserError(_unlabelled(opened.run))
+    train = _labelled("train", data.train, 0)
+    held_out = data.test is None or data.test.labels is None or not (data.test.labels >= 0).any()
+    if held_out:
+        apart, rest = stratified(train.labels, TEST_SHARE, randomness.generator(0, "evaluation/test"))
+        train, test = train.part(rest), train.part(apart)
+        test = test.part(_some(test, queries)) if queries else test
+        say("there are no labelled test images: a fifth of the training images is held out, which the encoder has seen")
+    else:
+        test = _labelled("test", cast(Images, data.test), queries)
+    classes = 1 + int(max(train.labels.max(), test.labels.max()))
+    if len(train.labels.unique()) < 2:
+        raise UserError(f"{opened.run}: all its labelled training images are of one class, so there is nothing to "
+                        "classify; see that data_source finds the classes")  # fmt: skip
+    return Material(
+        opened=opened, recipe=recipe, data=data, train=train, test=test, exam=Exam(test.labels), classes=classes,
+        held_out=held_out, device=choose_device(device), keep=keep, say=say,
+    )  # fmt: skip
+
+
+def _labelled(name: str, images: Images, number: int) -> Split:
+    where, labels = features.chosen(images, number), cast(Tensor, images.labels)
+    where = where[labels[where] >= 0]  # -1 is an image without a label
+    return Split(name, images, where, labels[where])
+
+
+def _some(split: Split, number: int) -> Tensor:
+    """Rows of so many of a split, the same every time."""
+    order = torch.randperm(len(split.where), generator=randomness.generator(0, "knn"))
+    return order[:number].sort().values
+
+
+def _unlabelled(run: Path) -> str:
+    newest: dict[str, float] = {}
+    try:
+        for record in read_metrics(run):
+            newest |= {key: value for key in LABEL_FREE if isinstance(value := record.get(key), int | float)}
+    except OSError:
+        pass
+    told = ", ".join(f"{key} {newest[key]:.4g}" for key in LABEL_FREE if key in newest)
+    return (
+        f"{run}: its data have no labels, and every protocol needs them; label a few hundred images and set "
+        f"data_source to them. What needs none was measured while it trained: {told or 'nothing'}. That finds broken "
+        "runs, and does not rank sound ones"
+    )
+
+
+# ---------------------------------------------------------------- networks
+
+
+@dataclass(frozen=True)
+class Network:
+    """Something that gives features: what the run trained, or what it is compared with."""
+
+    name: Literal["trained", "random", "initialised", "pixels"]
+    module: nn.Module
+    backbone: nn.Module | None
+    """Its backbone, which fine-tuning begins with; None of raw pixels."""
+    weights: str
+    """SHA-256 of its weights; of pixels, a word."""
+
+
+class Pixels(nn.Module):
+    """Normalised images, made small, as features."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        if images.shape[-1] > PIXELS:
+            images = F.interpolate(images.float(), size=PIXELS, mode="bicubic", antialias=True)
+        return images.flatten(1)
+
+
+def networks(material: Material, layer: str, floor: bool) -> list[Network]:
+    """The trained network, and with `floor` the random one, what training began with, and raw pixels.
+
+    The random network is that of step 0: the same backbone, drawn from the run's seed. Where the run began with
+    weights of a library or of another run, these are one more.
+    """
+    opened = material.opened
+    found = [_network("trained", material, opened.backbone, layer, opened.projector)]
+    if not floor:
+        return found
+    info, spec = opened.info, opened.spec
+    with randomness.seeded(info.seed, "backbone"):
+        drawn = spec.build(replace(info, weights_follow=True))  # pretrained weights are not fetched for it
+    found.append(_network("random", material, drawn, layer, lambda: _drawn_projector(material, drawn)))
+    try:
+        began = _began(material)
+    except SslkitError as error:
+        material.say(f"what the run began with cannot be had, and is left out: {error.lines[0]}")
+        began = None
+    if began is not None and digest_of(began.state_dict()) != digest_of(drawn.state_dict()):
+        found.append(_network("initialised", material, began, layer, lambda: _drawn_projector(material, began)))
+    return [*found, Network("pixels", Pixels(), None, f"pixels {PIXELS}")]
+
+
+def _network(
+    name: Literal["trained", "random", "initialised"], material: Material, backbone: nn.Module, layer: str,
+    projector: Callable[[], nn.Module],
+) -> Network:  # fmt: skip
+    module = nn.Sequential(backbone, projector()) if layer == "projection" else backbone
+    module.to(material.device)
+    if material.opened.channels_last:
+        module.to(memory_format=torch.channels_last)
+    return Network(name, module, backbone, digest_of(module.state_dict()))
+
+
+def _began(material: Material) -> nn.Module:
+    backbone = material.opened.initial_backbone()
+    start = initialise.find(material.recipe, material.say)
+    if start is not None and (start.given.parts is None or "backbone" in start.given.parts):
+        start.take({"backbone": backbone})
+    return backbone
+
+
+def _drawn_projector(material: Material, backbone: nn.Module) -> nn.Module:
+    """The projector of step 0; one that began with another run's weights is as drawn here, too."""
+    with randomness.seeded(material.opened.info.seed, "projector"):
+        return material.recipe.projector.build(cast(int, backbone.feature_dim), material.opened.info)
+
+
+# ---------------------------------------------------------------- features
+
+
+def features_of(material: Material, network: Network, split: Split, patches: int = 0) -> Tensor:
+    """float32 `[n, d]` on the device: features of clean images, or, with `patches`, their mean over so many views."""
+    key = _key(material, network, split, patches)
+    cache = material.known.setdefault(key, features.FeatureCache())
+    path = material.opened.run / FOLDER / f"{network.name}-{split.name}-{key[:16]}.safetensors"
+    keep = material.keep and network.name != "pixels"
+    if keep and not cache.known:
+        _read(path, cache, split)
+    before = _known(cache)
+
+    def compute(missing: Tensor) -> Tensor:
+        if network.name != "pixels":
+            material.say(f"{network.name} network: features of {len(missing):,} {split.name} images")
+        if patches:
+            return _patches(material, network, split, missing, patches)
+        return features.features(
+            network.module, split.images, missing, material.opened.views.clean, material.device, bf16=material.bf16,
+            channels_last=material.opened.channels_last,
+        )  # fmt: skip
+
+    rows = cache.get(("features", split.name), split.where, compute).to(material.device)
+    if not rows.isfinite().all():
+        raise RunFailed(f"{material.opened.run}: features of the {network.name} network are not finite, so nothing can "
+                        "be classified by them; `sslkit doctor` says when the run broke")  # fmt: skip
+    if keep and _known(cache) > before:
+        _write(path, cache, split)
+    return rows
+
+
+def _patches(material: Material, network: Network, split: Split, where: Tensor, number: int) -> Tensor:
+    """Each chunk's views are keyed by its first image, so that a whole set has the same views every time."""
+    found = []
+    autocast = torch.autocast(material.device.type, torch.bfloat16, enabled=material.bf16)
+    with features.in_eval_mode(network.module), autocast:
+        for part in where.split(features.CHUNK):
+            rows = features.view_projections(
+                lambda pixels: (pixels, network.module(pixels)), split.images, part, material.opened.views, number,
+                randomness.generator(0, f"evaluation/patches/{split.name}", int(part[0])), material.device,
+                channels_last=material.opened.channels_last,
+            )  # fmt: skip
+            found.append(rows.mean(dim=1))
+    return torch.cat(found)
+
+
+def _key(material: Material, network: Network, split: Split, patches: int) -> str:
+    """Changes whenever the features may; `clean` is known by what it makes of a few pictures of noise."""
+    shape = (2, *split.images.read(split.where[:1]).shape[1:])
+    noise = torch.randint(0, 256, shape, generator=randomness.generator(0, "noise"), dtype=torch.uint8)
+    facts = {
+        "weights": network.weights, "backbone": material.opened.spec.model_dump(mode="json"),
+        "use": registry.provider_of(type(material.opened.spec)).provenance(), "set": split.name,
+        "data": material.data.fingerprint, "clean": digest_of({"": material.opened.views.clean(noise).float()}),
+        "bf16": material.bf16, "device": material.device.type, "torch": torch.__version__, "patches": patches,
+        "views": material.recipe.view_generator.model_dump(mode="json") if patches else None,
+    }  # fmt: skip
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _known(cache: features.FeatureCache) -> int:
+    return sum(len(positions) for positions, _ in cache.known.values())
+
+
+def _read(path: Path, cache: features.FeatureCache, split: Split) -> None:
+    """What an earlier evaluation kept; a file that is damaged is as one that is not there."""
+    try:
+        if path.is_symlink() or not path.is_file():
+            return
+        found = load_file(path)
+        positions, rows = found["positions"], found["features"]
+    except (OSError, SafetensorError, KeyError):
+        return
+    sound = positions.dtype == torch.int64 and rows.dtype == torch.float32 and rows.ndim == 2
+    if sound and positions.shape == rows.shape[:1] and bool((positions[1:] > positions[:-1]).all()):
+        cache.known["features", split.name] = positions, rows
+
+
+def _write(path: Path, cache: features.FeatureCache, split: Split) -> None:
+    positions, rows = cache.known["features", split.name]
+    try:
+        with in_one_piece(path) as staging:
+            save_file({"positions": positions, "features": rows.cpu().contiguous()}, staging)
+    except (OSError, SafetensorError) as error:
+        raise RunFailed(f"{path}: cannot be written: {error}; use --no-cache, or make room") from error

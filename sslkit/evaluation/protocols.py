@@ -1,0 +1,119 @@
+"""The protocols by name: what each does, in words and in options, and nothing that a figure depends on left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, get_args
+
+from sslkit.errors import UserError, did_you_mean
+
+Name = Literal["knn", "linear", "linear_sgd", "finetune", "patches"]
+NAMES: tuple[Name, ...] = get_args(Name)
+
+WORDS = {
+    "knn": "Weighted kNN (Wu et al. 2018, arXiv 1805.01978, section 3.4): the k training images whose features have "
+    "the largest cosine with a test image's vote for their class with the weight exp(cosine / T).",
+    "linear": "Logistic regression on frozen features of clean images, standardised by their mean and standard "
+    "deviation over the training images, solved to its optimum by L-BFGS. The strength of the regularisation, C as "
+    "scikit-learn defines it, is chosen among seven from 0.0001 to 100 by a tenth of the training images of each "
+    "class, which are held out for that; then all training images are fitted.",
+    "linear_sgd": "The same classifier trained by SGD: Nesterov's momentum of .9, no weight decay, a cosine to 0, on "
+    "frozen features of clean images, which are not augmented. The learning rate is chosen among eight from 0.001 to "
+    "3 by a tenth of the training images of each class, which are held out for that; then all training images are "
+    "trained on.",
+    "finetune": "Backbone and a linear classifier, which begins at zero, trained together on a part of the labels, "
+    "the same share of each class: SGD, Nesterov's momentum of .9, no weight decay, a cosine to 0, BatchNorm in "
+    "training mode, random crops (area 0.2 to 1) and mirroring. The learning rate is chosen among 0.01, 0.03 and 0.1, "
+    "in a third of the epochs, by a fifth of those labelled images, which are held out for that; then all of them are "
+    "trained on.",
+    "patches": "Features averaged over several views of an image, drawn by the run's own view generator (Tong et al. "
+    "2023, EMP-SSL, arXiv 2304.03977), training and test images alike; then kNN and logistic regression as in `knn` "
+    "and `linear`.",
+}
+"""What the reference says and `sslkit evaluate` prints."""
+ONCE = "Test images are classified once, after every choice was made."
+EPOCHS = {"linear_sgd": {100: 100}, "finetune": {1: 60, 10: 30, 100: 30}}
+"""By the percentage of labels, where `epochs` says nothing; a percentage between takes that of the one above."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A protocol with all that its figure depends on, beside weights, data and versions."""
+
+    name: str
+    """`knn`, `linear`, `linear_sgd`, `finetune`, `patches_knn` or `patches_linear`."""
+    options: dict[str, Any]
+
+    @property
+    def title(self) -> str:
+        """For a row of a table: the name and the options that users choose."""
+        told = {"k": "k", "temperature": "T", "bank": "bank", "labels": "labels", "patches": "patches",
+                "epochs": "epochs"}  # fmt: skip
+        parts = [
+            f"{word} {self.options[key]:,}{'%' * (key == 'labels')}"
+            for key, word in told.items()
+            if key in self.options
+        ]
+        if self.options.get("layer") == "projection":
+            parts.append("projection")
+        return f"{self.name} ({', '.join(parts)})" if parts else self.name
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be measured."""
+
+    protocols: Sequence[str] = ("knn", "linear")
+    k: int = 200
+    temperature: float = 0.1
+    bank: int = 0
+    queries: int = 0
+    layer: str = "backbone"
+    labels: Sequence[float] = (1, 10, 100)
+    epochs: int | None = None
+    patches: int = 16
+    seeds: int = 1
+    floor: bool = True
+    cache: bool = True
+    overrides: Sequence[str] = field(default=())
+
+    def __post_init__(self) -> None:
+        for name in self.protocols:
+            if name not in NAMES:
+                known = ", ".join(NAMES)
+                raise UserError(f"protocols: there is no {name!r}{did_you_mean(str(name), NAMES)}; choose of {known}")
+        if not self.protocols:
+            raise UserError(f"protocols: none is named; choose of {', '.join(NAMES)}")
+        for name, least in (("k", 1), ("bank", 0), ("queries", 0), ("patches", 1), ("seeds", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise UserError(f"{name}: should be a whole number of {least} or more, not {value!r}")
+        if self.epochs is not None and (not isinstance(self.epochs, int) or self.epochs < 1):
+            raise UserError(f"epochs: should be a whole number of 1 or more, not {self.epochs!r}")
+        if not isinstance(self.temperature, int | float) or not self.temperature > 0:
+            raise UserError(f"temperature: should be a number above 0, not {self.temperature!r}")
+        if self.layer not in ("backbone", "projection"):
+            raise UserError(f"layer: should be 'backbone' or 'projection', not {self.layer!r}")
+        if not self.labels or any(not isinstance(s, int | float) or not 0 < s <= 100 for s in self.labels):
+            raise UserError(f"labels: should be percentages above 0 and up to 100, not {list(self.labels)!r}")
+        if self.layer == "projection" and "finetune" in self.protocols:
+            raise UserError("layer: finetune trains the backbone; use layer 'backbone', or leave finetune out")
+
+    def epochs_of(self, name: str, labels: float = 100) -> int:
+        """Epochs of a protocol that trains."""
+        by_labels = EPOCHS[name]
+        return self.epochs or by_labels[next(share for share in sorted(by_labels) if share >= labels)]
+
+
+def percentages(text: str) -> tuple[float, ...]:
+    """`"1,10,100"` as numbers, whole ones as int.
+
+    Raises:
+        UserError: it is no such list.
+    """
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"labels: should be percentages such as 1,10,100, not {text!r}") from None
+    return tuple(int(share) if share.is_integer() else share for share in found)

@@ -1,0 +1,182 @@
+"""Figures as `evaluation.json` has them, as a table, and as a line of Markdown."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+
+from sslkit.errors import UserError, printable
+from sslkit.files import in_one_piece
+from sslkit.run_directory import cannot_lock, read_json, refuse_strays
+
+SCHEMA = 1
+FILE, FOLDER = "evaluation.json", "evaluation"
+FLOORS = ("random", "initialised", "pixels")
+SAME = ("protocol", "options", "branch", "checkpoint", "data", "device")
+"""Keys of a record that say what was measured: a newer one with the same takes an older one's place."""
+PATIENCE = 60.0
+"""Seconds to wait for another evaluation of the same run, which holds the file for milliseconds."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What came of evaluating one run."""
+
+    run: Path
+    name: str
+    """The recipe's."""
+    seed: int
+    """The recipe's."""
+    records: Sequence[Mapping[str, Any]]
+    """One for each protocol, as `evaluation.json` has them: docs/reference/evaluation.md."""
+
+    def top1(self, protocol: str) -> float:
+        """The trained network's accuracy by the first protocol of this name, 0..1.
+
+        Raises:
+            KeyError: it was not measured.
+        """
+        for record in self.records:
+            if record["protocol"] == protocol:
+                return float(record["top1"])
+        raise KeyError(protocol)
+
+    def text(self) -> str:
+        """The table that `sslkit evaluate` prints."""
+        return table([self])
+
+    def markdown(self) -> str:
+        """One line, a row of a table."""
+        return markdown([self])
+
+
+# ---------------------------------------------------------------- in the run's directory
+
+
+def prepare(run: Path) -> None:
+    """Make the folder for features, so that a run that cannot be written to is known before anything is computed.
+
+    Raises:
+        UserError: it cannot, or a link in its place leads elsewhere.
+    """
+    folder = run / FOLDER
+    if folder.is_symlink():
+        raise UserError(f"{folder}: is a link that may lead out of the run's directory; remove the link")
+    try:
+        folder.mkdir(exist_ok=True)
+        (folder / ".writable").write_bytes(b"")
+        (folder / ".writable").unlink()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror or error}; evaluate a copy of the run") from None
+    refuse_strays(folder)
+
+
+def keep(run: Path, records: Iterable[Mapping[str, Any]]) -> None:
+    """Put records into `evaluation.json`, in place of older ones of the same thing.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    path, lock = run / FILE, run / FOLDER / ".lock"
+    try:
+        with contextlib.nullcontext() if cannot_lock(lock) else FileLock(lock, timeout=PATIENCE):
+            merged: dict[str, Mapping[str, Any]] = {_key(record): record for record in read(run)}
+            merged |= {_key(record): record for record in records}
+            with in_one_piece(path) as staging:
+                staging.write_text(
+                    json.dumps({"schema": SCHEMA, "records": list(merged.values())}, indent=1) + "\n", encoding="utf-8"
+                )
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def read(run: Path) -> list[dict[str, Any]]:
+    """The records of `evaluation.json`; none where there is no such file, or another program's."""
+    found = read_json(run / FILE)
+    records = found.get("records")
+    if found.get("schema") != SCHEMA or not isinstance(records, list):
+        return []
+    return [record for record in records if isinstance(record, dict) and isinstance(record.get("protocol"), str)]
+
+
+def _key(record: Mapping[str, Any]) -> str:
+    return json.dumps({key: record.get(key) for key in SAME}, sort_keys=True)
+
+
+# ---------------------------------------------------------------- for people
+
+
+def table(found: Sequence[Evaluation]) -> str:
+    """Rows for each run, and below them mean and sample standard deviation over runs."""
+    floors = [name for name in FLOORS if any(name in record for one in found for record in one.records)]
+    heads = ["run", "protocol", "top-1", *floors, "chosen", "seconds"]
+    rows = []
+    for one in found:
+        rows += [
+            [one.run.name, str(r["title"]), _figure(r["top1"], r["spread"]), *(_floor(r, name) for name in floors),
+             _chosen(r), f"{r['seconds']:.1f}"]
+            for r in one.records
+        ]  # fmt: skip
+    for record, top1, spread in over_runs(found):
+        means = [_over(found, record, name) for name in floors]
+        rows.append([f"{len(found)} runs", str(record["title"]), _figure(top1, spread), *means, "", ""])
+    widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in (heads, *rows)]  # fmt: skip
+    return "\n".join(map(printable, lines))
+
+
+def over_runs(found: Sequence[Evaluation]) -> list[tuple[Mapping[str, Any], float, float]]:
+    """For each protocol its record of the first run, and mean and sample standard deviation over the runs."""
+    if len(found) < 2:
+        return []
+    return [
+        (record, statistics.fmean(tops), statistics.stdev(tops))
+        for number, record in enumerate(found[0].records)
+        for tops in [[float(one.records[number]["top1"]) for one in found]]
+    ]
+
+
+def markdown(found: Sequence[Evaluation]) -> str:
+    """A line: name, weights, and each protocol with its options, figure and floors."""
+    first = found[0]
+    weights = first.records[0]["checkpoint"]
+    what = f"step {weights['step']}, {first.records[0]['branch']}"
+    means = {id(record): (top1, spread) for record, top1, spread in over_runs(found)}
+    cells = []
+    for record in first.records:
+        top1, spread = means.get(id(record), (record["top1"], record["spread"]))
+        floors = ", ".join(f"{name} {_over(found, record, name)}" for name in FLOORS if name in record)
+        cells.append(f"{record['title']} {_figure(top1, spread)}" + (f" ({floors})" if floors else ""))
+    name = f"{first.name}, {len(found)} runs" if len(found) > 1 else first.name
+    return printable("| " + " | ".join(part.replace("|", "\\|") for part in (name, what, *cells)) + " |")
+
+
+def _figure(top1: float, spread: float | None) -> str:
+    return f"{top1:.4f}" + ("" if spread is None else f" +- {spread:.4f}")
+
+
+def _floor(record: Mapping[str, Any], name: str) -> str:
+    value = record.get(name)
+    return f"{value:.4f}" if isinstance(value, int | float) else ""
+
+
+def _over(found: Sequence[Evaluation], record: Mapping[str, Any], name: str) -> str:
+    number = next(i for i, one in enumerate(found[0].records) if one is record)
+    values = [float(one.records[number][name]) for one in found if name in one.records[number]]
+    return f"{statistics.fmean(values):.4f}" if len(values) == len(found) else ""
+
+
+def _chosen(record: Mapping[str, Any]) -> str:
+    """The choice of each seed, without what it was made by."""
+    told = dict.fromkeys(
+        f"{name} {value:g}" for one in record["chosen"] for name, value in one.items() if name in ("C", "lr")
+    )
+    return ", ".join(told)

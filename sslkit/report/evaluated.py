@@ -1,0 +1,63 @@
+"""What `sslkit evaluate` measured, as a table of a report. It comes from a file, and is not taken on trust."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from html import escape
+from typing import Any
+
+from sslkit.report.features import missing
+
+FLOORS = ("random", "initialised", "pixels")
+
+
+def evaluated(found: Mapping[str, Any]) -> list[str]:
+    """Markup of the records of `evaluation.json`; where there are none, a word of how to get them."""
+    records = found.get("records")
+    kept = [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
+    floors = [name for name in FLOORS if any(_accuracy(record.get(name)) for record in kept)]
+    rows = [row for record in kept if (row := _row(record, floors))]
+    if not rows:
+        return [missing("Not evaluated: `sslkit evaluate` measures kNN, linear classifiers and fine-tuning.")]
+    heads = "".join(f'<th scope="col">{head}</th>' for head in ("Protocol", "Top-1", *floors, "Chosen", "Weights"))
+    return [
+        f"<div><table><thead><tr>{heads}</tr></thead>\n<tbody>",
+        *rows,
+        "</tbody></table></div>",
+        '<p class="soft">On test images, after every choice was made on training images. random: the network of step '
+        "0; pixels: the images themselves. evaluation.json has all that a figure depends on.</p>",
+    ]
+
+
+def _row(record: Mapping[str, Any], floors: list[str]) -> str:
+    top1 = _accuracy(record.get("top1"))
+    if not top1:
+        return ""
+    spread = _accuracy(record.get("spread"))
+    weights = record.get("checkpoint")
+    step = weights.get("step") if isinstance(weights, dict) else None
+    which = " (best by kNN on test images)" if isinstance(weights, dict) and weights.get("which") == "best" else ""
+    cells = [
+        ("Top-1", top1 + (f" ± {spread}" if spread else "")),
+        *((name, _accuracy(record.get(name))) for name in floors),
+        ("Chosen", _chosen(record.get("chosen"))),
+        ("Weights", f"step {step:,}, {record.get('branch')}{which}" if isinstance(step, int) else ""),
+    ]
+    told = "".join(f'<td data-head="{head}">{escape(cell)}</td>' for head, cell in cells)
+    return f'<tr><th scope="row">{escape(str(record.get("title")))}</th>{told}</tr>'
+
+
+def _accuracy(value: object) -> str:
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return f"{value:.4f}" if number else ""
+
+
+def _chosen(found: object) -> str:
+    told = [
+        f"{name} {one[name]:g}"
+        for one in (found if isinstance(found, list) else [])
+        for name in ("C", "lr")
+        if isinstance(one, dict) and isinstance(one.get(name), float)
+    ]
+    return ", ".join(dict.fromkeys(told))
