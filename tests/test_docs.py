@@ -56,7 +56,7 @@ WRITTEN = sorted(page for page in DOCS.rglob("*.md") if not {"_build", "examples
 """Without the examples: packages of their own, which tests/test_examples.py installs and runs."""
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *WRITTEN]
 TRAINED_WITH_TIMM = "sslkit train byol_cifar10_cpu"
-"""The one command with a large network that is run, in docs/how-to/train-on-cifar10.md."""
+"""The one command with a large network that is run, in docs/how-to/train-on-cifar10.md and export.md."""
 
 NOT_RUN = {
     ("docs/how-to/train-on-several-gpus.md", "sslkit train recipes/byol_cifar10.toml --nproc 2"),

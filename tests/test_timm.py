@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,101 @@ def test_pretrained_weights_are_not_fetched_where_a_checkpoints_follow(monkeypat
     for follow in (False, True):
         Timm(model="resnet10t", pretrained=True).build(replace(RUN, weights_follow=follow))
     assert asked == [True, False]
+
+
+# ---------------------------------------------------------------- plain timm
+
+
+@pytest.mark.parametrize(
+    ("options", "run"),
+    [
+        ({"model": "resnet10t.c3_in1k", "drop_path": 0.1}, {}),
+        ({"model": "resnet18", "stem": "small_image"}, {"channels": 5}),
+        ({"model": "resnet14t", "stem": "small_image"}, {}),
+        ({"model": "test_vit"}, {"channels": 1}),
+        ({"model": "test_vit"}, {"views": (ViewSpec(64), ViewSpec(32, "local"))}),
+    ],
+    ids=["tag", "small stem", "small deep stem", "transformer", "views of two sizes"],
+)
+def test_timm_alone_builds_the_same_network(options: dict[str, Any], run: dict[str, Any]):
+    spec, told = Timm(**options), replace(RUN, **run)
+    backbone, found = spec.build(told).eval(), spec.portable(told)
+    assert found.architecture == options["model"].partition(".")[0]
+    assert json.loads(json.dumps(found.arguments)) == found.arguments
+    model = timm.create_model(found.architecture, **found.arguments)
+    exec("\n".join(found.after), {"model": model, "nn": torch.nn})
+    model.load_state_dict(backbone.state_dict())
+    model.eval()
+    for view in told.views:
+        given = images(told.channels, view.size)
+        with torch.no_grad():
+            assert torch.equal(model(given), backbone(given))
+
+
+def test_describing_a_network_draws_no_random_numbers():
+    torch.manual_seed(0)
+    before = torch.random.get_rng_state()
+    Timm(stem="small_image").portable(RUN)
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_a_size_that_may_change_is_no_fixed_one():
+    assert Timm(model="test_vit").portable(RUN).config["fixed_input_size"]
+    two = replace(RUN, views=(ViewSpec(64), ViewSpec(32, "local")))
+    assert not Timm(model="test_vit").portable(two).config["fixed_input_size"]
+    assert Timm().portable(RUN).config == {"first_conv": "conv1", "classifier": "fc", "fixed_input_size": False}
+
+
+@pytest.fixture
+def offered(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """The weights of resnet10t.c3_in1k, as if they had been downloaded."""
+    given = timm.create_model("resnet10t", num_classes=0).state_dict()
+    create = timm.create_model
+
+    def created(name: str, pretrained: bool = False, **options: Any) -> Any:
+        if pretrained:
+            options["pretrained_cfg_overlay"] = {"state_dict": dict(given), "num_classes": 0, "hf_hub_id": None}
+        return create(name, pretrained=pretrained, **options)
+
+    monkeypatch.setattr("timm.create_model", created)
+    return given
+
+
+def test_weights_that_timm_has_come_by_their_name(offered: dict[str, torch.Tensor]):
+    for name in ("resnet10t", "resnet10t.c3_in1k"):
+        found = Timm(model="resnet10t").pretrained_weights(name, RUN)
+        assert found.keys() == offered.keys()
+        assert all(torch.equal(found[key], offered[key]) for key in offered)
+    small = Timm(model="resnet10t", stem="small_image").pretrained_weights("resnet10t.c3_in1k", RUN)
+    assert all(torch.equal(small[key], offered[key]) for key in offered), "a deep stem keeps its weights"
+    grey = Timm(model="resnet10t").pretrained_weights("resnet10t", replace(RUN, channels=1))
+    assert torch.allclose(grey["conv1.0.weight"], offered["conv1.0.weight"].sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("resnet-10t", r"no model 'resnet-10t'; did you mean 'resnet10t'\?"),
+        ("resnet18.a1_in1k", r"are those of 'resnet18', and backbone.model is 'resnet10t'; set backbone.model = 'resn"),
+        ("resnet10t.nonsense", r"no weights 'resnet10t.nonsense'; of 'resnet10t' there are: c3_in1k"),
+        ("local-dir:/nowhere", r"the weights of 'local-dir:/nowhere' could not be had"),
+    ],
+)
+def test_weights_that_are_not_there(name: str, problem: str):
+    with pytest.raises(UserError, match=problem) as caught:
+        Timm(model="resnet10t").pretrained_weights(name, RUN)
+    assert str(caught.value).startswith("init_from.timm: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_an_architecture_without_weights():
+    with pytest.raises(UserError, match=r"timm .* has no weights of 'botnet50ts_256'"):
+        Timm(model="botnet50ts_256").pretrained_weights("botnet50ts_256", RUN)
+
+
+def test_weights_that_cannot_be_downloaded_by_name(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    constants = pytest.importorskip("huggingface_hub").constants
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"weights of 'resnet18' could not be had .* connect to the network once"):
+        Timm().pretrained_weights("resnet18", RUN)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from sslkit.api import Backbone, RunInfo
+from sslkit.api import Backbone, Portable, RunInfo
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
 
 class Timm(Backbone):
@@ -38,3 +39,20 @@ class Timm(Backbone):
         from sslkit_timm.models import build
 
         return build(self, run)
+
+    def portable(self, run: RunInfo) -> Portable:
+        from sslkit_timm.elsewhere import portable
+
+        return portable(self, run)
+
+    def pretrained_weights(self, name: str, run: RunInfo) -> Mapping[str, Tensor]:
+        """The weights that timm has under a name, for the network that `build` makes.
+
+        `name` is of the same architecture: with a tag, `resnet50.a1_in1k`; or `local-dir:FOLDER`, `hf-hub:OWNER/NAME`.
+        What the weights were not made for is adapted as timm does it: a first layer for other than 3 channels (kernels
+        summed for one, repeated for more), position embeddings for another size. `stem = "small_image"` still starts
+        a new 3x3 stem, drawn from torch's default generator.
+        """
+        from sslkit_timm.elsewhere import pretrained_weights
+
+        return pretrained_weights(self, name, run)

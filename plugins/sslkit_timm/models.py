@@ -28,34 +28,45 @@ def build(options: Timm, run: RunInfo) -> nn.Module:
             f"backbone.model: timm {timm.__version__} has no model {options.model!r}{near} "
             "(timm.list_models() lists them all)"
         )
-    sizes = sorted({view.size for view in run.views} or {run.image_size})
     pretrained = options.pretrained and not run.weights_follow
-    model = _create(options, run.channels, sizes, pretrained)
+    model = _create(options, run, pretrained)
     if options.stem == "small_image":
         use_small_image_stem(model, options.model)
-    model.feature_dim = _feature_dim(model, options.model, run.channels, sizes)  # type: ignore[assignment]
+    model.feature_dim = _feature_dim(model, options.model, run.channels, _sizes(run))  # type: ignore[assignment]
     return model
 
 
-def _create(options: Timm, channels: int, sizes: list[int], pretrained: bool) -> nn.Module:
-    arguments: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
+def arguments_of(options: Timm, run: RunInfo) -> dict[str, Any]:
+    """What `timm.create_model` is given beside the name of the model."""
+    arguments: dict[str, Any] = {"in_chans": run.channels, "num_classes": 0}
     if options.drop_path is not None:
         arguments["drop_path_rate"] = options.drop_path
+    config = timm.get_pretrained_cfg(options.model, allow_unregistered=True)
+    if config is not None and config.fixed_input_size:
+        sizes = _sizes(run)
+        arguments["img_size"] = sizes[-1]
+        if len(sizes) > 1:
+            arguments["dynamic_img_size"] = True
+    return arguments
+
+
+def _sizes(run: RunInfo) -> list[int]:
+    return sorted({view.size for view in run.views} or {run.image_size})
+
+
+def _create(options: Timm, run: RunInfo, pretrained: bool) -> nn.Module:
+    arguments: dict[str, Any] = {}
     try:
-        config = timm.get_pretrained_cfg(options.model, allow_unregistered=True)
-        if config is not None and config.fixed_input_size:
-            arguments["img_size"] = sizes[-1]
-            if len(sizes) > 1:
-                arguments["dynamic_img_size"] = True
+        arguments = arguments_of(options, run)
         model: nn.Module = timm.create_model(options.model, pretrained=pretrained, **arguments)
     except OSError as error:
         raise UserError(
-            f"backbone.pretrained: the weights of {options.model!r} could not be had ({_line(error)}); connect to the "
+            f"backbone.pretrained: the weights of {options.model!r} could not be had ({line(error)}); connect to the "
             "network once, or set pretrained = false"
         ) from error
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         given = ", ".join(f"{name} = {value}" for name, value in arguments.items() if name != "num_classes")
-        raise UserError(f"backbone.model: timm cannot build {options.model!r} with {given}: {_line(error)}") from error
+        raise UserError(f"backbone.model: timm cannot build {options.model!r} with {given}: {line(error)}") from error
     return model
 
 
@@ -93,7 +104,7 @@ def _feature_dim(model: nn.Module, name: str, channels: int, sizes: list[int]) -
             with torch.no_grad():
                 shapes.add(tuple(model(torch.zeros(1, channels, size, size)).shape))
     except (ValueError, RuntimeError, AssertionError) as error:
-        raise UserError(f"backbone.model: {name!r} cannot take views of {size} px: {_line(error)}") from error
+        raise UserError(f"backbone.model: {name!r} cannot take views of {size} px: {line(error)}") from error
     finally:
         model.train(training)
     shape = shapes.pop()
@@ -102,5 +113,6 @@ def _feature_dim(model: nn.Module, name: str, channels: int, sizes: list[int]) -
     return int(shape[1])
 
 
-def _line(error: Exception) -> str:
+def line(error: Exception) -> str:
+    """An error in one line."""
     return (str(error).strip() or type(error).__name__).partition("\n")[0]

@@ -1,0 +1,272 @@
+"""The model card: what the weights are, how they are used, and what is known of their worth."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from sslkit import doctor
+from sslkit.api import Portable
+from sslkit.errors import UserError, printable
+from sslkit.exporting import graphs, hub
+from sslkit.exporting.prepared import Check, Job
+from sslkit.run_directory import read_json, read_metrics
+
+CARD = "README.md"
+
+
+@dataclass(frozen=True)
+class Card:
+    """All that the card tells of one export."""
+
+    job: Job
+    checks: Sequence[Check]
+
+    def text(self) -> str:
+        """The card as Markdown."""
+        parts = [
+            self._head(), f"# {escaped(self.job.name)}", self._what(), "## Use", *self._use(),
+            "## Images", self._images(), "## Training", self._training(), "## Figures", self._figures(),
+            "## Verdict", self._verdict(), "## Checked", self._checked(),
+            "## Licence", self._licence(),
+        ]  # fmt: skip
+        return "\n\n".join(parts) + "\n"
+
+    def _has(self, file: str) -> bool:
+        return any(check.file == file for check in self.checks)
+
+    def _head(self) -> str:
+        by_name = self._has(hub.WEIGHTS) and hub.is_by_name(self.job.known)
+        tags = ["image-feature-extraction", "self-supervised-learning", *(["timm"] if by_name else []), "sslkit"]
+        lines = [
+            *(["library_name: timm"] if by_name else []), f"license: {self.job.licence or 'unknown'}",
+            "pipeline_tag: image-feature-extraction", "tags:", *(f"- {tag}" for tag in tags),
+        ]  # fmt: skip
+        return "\n".join(["---", *lines, "---"])
+
+    def _what(self) -> str:
+        opened, known = self.job.opened, self.job.known
+        architecture = known.architecture if known else opened.tables["backbone"]["use"]
+        return (
+            f"Features of images: a {code(architecture)} with {opened.backbone.feature_dim} features, trained by "
+            "sslkit. It is the backbone alone, without the heads of the training, and has no classifier."
+        )
+
+    # ------------------------------------------------------------ how it is used
+
+    def _use(self) -> list[str]:
+        parts = []
+        if self._has(hub.WEIGHTS):
+            parts += self._use_timm(self.job.known) if self.job.known else [self._use_own()]
+        shape = f"2, {self.job.preparation.channels}, {self.job.side}, {self.job.side}"
+        if self._has(graphs.TORCH):
+            parts += [
+                f"`{graphs.TORCH}` normalises images itself and needs PyTorch alone. Reading it unpickles, which can "
+                "run code: open one from somebody you trust.",
+                _python(
+                    "import torch",
+                    "",
+                    f'model = torch.export.load("{graphs.TORCH}").module()',
+                    f"features = model(torch.rand({shape}))  # images on the scale 0..1",
+                ),
+            ]
+        if self._has(graphs.ONNX):
+            parts += [
+                f"`{graphs.ONNX}` normalises images itself, too:",
+                _python(
+                    "import numpy",
+                    "import onnxruntime",
+                    "",
+                    f'session = onnxruntime.InferenceSession("{graphs.ONNX}")',
+                    f'images = numpy.random.rand({shape}).astype("float32")  # on the scale 0..1',
+                    '(features,) = session.run(["features"], {"images": images})',
+                ),
+            ]
+        return parts
+
+    def _use_timm(self, known: Portable) -> list[str]:
+        how = (
+            'With timm 1.0.16 or newer; on the hub, `timm.create_model("hf-hub:OWNER/NAME", pretrained=True)`:'
+            if hub.is_by_name(known)
+            else "timm has no name for this network: it is built by these lines, and loads as it should by no shorter "
+            "way."
+        )
+        making = _python(*hub.imports_of(known), "", 'folder = "."  # where this file lies', *hub.lines_of(known))
+        return [how, making, self._use_images()]
+
+    def _use_images(self) -> str:
+        channels, size = self.job.preparation.channels, self.job.preparation.size
+        mode = {1: "L", 3: "RGB"}.get(channels)
+        if mode is None:
+            return _python(
+                "import torch",
+                "",
+                f"mean = torch.tensor({list(self.job.preparation.mean)}).view(-1, 1, 1)",
+                f"std = torch.tensor({list(self.job.preparation.std)}).view(-1, 1, 1)",
+                f"images = torch.rand(2, {channels}, {size}, {size})  # on the scale 0..1",
+                "with torch.no_grad():",
+                "    features = model((images - mean) / std)",
+            )
+        return _python(
+            "import torch",
+            "from PIL import Image",
+            "from timm.data import create_transform",
+            "",
+            "prepare = create_transform(",
+            f'    input_size=({channels}, {size}, {size}), interpolation="bicubic", crop_pct=1.0,',
+            f"    mean={self.job.preparation.mean}, std={self.job.preparation.std},",
+            ")",
+            f'image = Image.open("picture.jpg").convert("{mode}")',
+            "with torch.no_grad():",
+            "    features = model(prepare(image).unsqueeze(0))",
+        )
+
+    def _use_own(self) -> str:
+        table = dict(self.job.opened.tables["backbone"])
+        return (
+            f"`{hub.WEIGHTS}` holds the weights of sslkit's backbone {code(str(table.pop('use')))} with the options "
+            f"{code(json.dumps(table, default=str))}, which no other library builds. Without sslkit, export it as a "
+            "graph: `--format torch` or `--format onnx`."
+        )
+
+    def _images(self) -> str:
+        made = self.job.preparation
+        text = (
+            f"Squares of {made.size} px with {made.channels} channel{'s' * (made.channels > 1)}, on the scale 0..1, "
+            f"less the mean {list(made.mean)}, over {list(made.std)}, channel by channel. The run's figures were "
+            "measured on images of this size and preparation."
+        )
+        if self.job.side != made.size:
+            text += f" The graphs take {self.job.side} px instead, at which nothing was measured."
+        return text
+
+    # ------------------------------------------------------------ where it comes from, and what it is worth
+
+    def _training(self) -> str:
+        opened, tables = self.job.opened, self.job.opened.tables
+        train, info = tables.get("train", {}), opened.info
+        which = ", the best by kNN" if opened.checkpoint == "best" else ""
+        rows = {
+            "Recipe": f"{code(str(tables.get('name', '')))}, hash {code(str(opened.facts.get('recipe_hash', '')))}",
+            **{
+                words: code(str(tables.get(slot, {}).get("use")))
+                for slot, words in (("loss", "Loss"), ("target_updater", "Target"), ("view_generator", "Views"))
+                if isinstance(tables.get(slot), dict)
+            },
+            "Images": f"{info.train_images:,} of {code(str(tables.get('data_source', {}).get('use')))}, fingerprint "
+            f"{code(str(opened.facts.get('data_fingerprint', ''))[:12])}",
+            "Weights": f"step {opened.step:,} of {info.total_steps:,} ({train.get('epochs')} epochs, batch size "
+            f"{info.batch_size}){which}, {opened.branch} network, SHA-256 {code(opened.weights[:12])}",
+            "Began": self._began(),
+        }  # fmt: skip
+        return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+    def _began(self) -> str:
+        if "init_from" in self.job.opened.tables:
+            return "with the weights of another training (`init_from`)"
+        if self.job.opened.tables["backbone"].get("pretrained"):
+            return "with weights that somebody else trained (`backbone.pretrained`)"
+        return f"at random, seed {self.job.opened.info.seed}"
+
+    def _figures(self) -> str:
+        told = read_json(self.job.opened.run / "evaluation.json").get("records")
+        records = [r for r in told if isinstance(r, dict)] if isinstance(told, list) else []
+        own = [r for r in records if _table(r, "checkpoint").get("weights") == self.job.opened.weights]
+        if own:
+            rows = [_evaluated(record) for record in own]
+            text = "\n".join([
+                "| Protocol | Top-1 | Random network | Raw pixels | Data |", "| --- | --- | --- | --- | --- |", *rows,
+            ])  # fmt: skip
+        else:
+            other = " `evaluation.json` has figures of other weights alone." if records else ""
+            text = (self._measured() or "None was measured on these weights.") + other
+        if self.job.opened.checkpoint == "best":
+            text += (
+                "\n\nThe checkpoint was chosen by its kNN accuracy on test images, so that figures on these are a "
+                "little too good."
+            )
+        return text
+
+    def _measured(self) -> str:
+        """The accuracy that the run itself recorded for these weights."""
+        try:
+            records = [r for r in read_metrics(self.job.opened.run) if isinstance(r, dict) and "knn_top1" in r]
+        except OSError:
+            return ""
+        if self.job.opened.branch != self.job.opened.facts.get("evaluated"):
+            return ""
+        now = [r for r in records if r.get("step") == self.job.opened.step]
+        if not now:
+            return ""
+        first = [r for r in records if r.get("step") == 0]
+        beside = f"; the network that the run began with has {_figure(first[0]['knn_top1'])}" if first else ""
+        protocol = ", ".join(
+            f"{words} {now[-1][key]}"
+            for key, words in (("knn_k", "k"), ("knn_temperature", "T"), ("knn_bank", "training images"),
+                               ("knn_queries", "test images"))
+            if isinstance(now[-1].get(key), int | float)
+        )  # fmt: skip
+        protocol += f", features in {self.job.opened.tables.get('train', {}).get('precision')}"
+        return f"kNN top-1 in the training itself ({protocol}): {_figure(now[-1]['knn_top1'])}{beside}."
+
+    def _verdict(self) -> str:
+        try:
+            found = doctor.examine_run(self.job.opened.run)
+        except UserError as error:
+            return f"The run could not be examined: {escaped(error.lines[0])}"
+        lines = [f"`sslkit doctor` on the run: **{escaped(found.verdict)}**."]
+        lines += [f"- {escaped(f.what)} ({f.severity}): {escaped(f.evidence)}"
+                  for f in found.findings if f.severity != "info"]  # fmt: skip
+        return "\n".join([lines[0], "", *lines[1:]]).strip()
+
+    def _checked(self) -> str:
+        return "\n".join(f"- {escaped(check.words)}" for check in self.checks)
+
+    def _licence(self) -> str:
+        if self.job.licence:
+            return (
+                f"{self.job.licence}, as whoever exported it said. It does not say what the images' own licences allow."
+            )
+        return "None was given: ask whoever trained it before you use or share it."
+
+
+def _evaluated(record: Mapping[str, Any]) -> str:
+    options, data = _table(record, "options"), _table(record, "data")
+    how = ", ".join(f"{name} = {value}" for name, value in options.items() if not isinstance(value, dict | list))
+    top1 = _figure(record.get("top1"))
+    spread = record.get("spread")
+    if isinstance(spread, int | float):
+        top1 += f" ± {spread:.4f}"
+    images = [f"{data[key]:,} {words}" for key, words in (("train", "training"), ("test", "test"))
+              if isinstance(data.get(key), int)]  # fmt: skip
+    cells = (
+        escaped(f"{record.get('protocol')}{f' ({how})' if how else ''}"), top1, _figure(record.get("random")),
+        _figure(record.get("pixels")), ", ".join(images),
+    )  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def _table(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    found = record.get(key)
+    return found if isinstance(found, dict) else {}
+
+
+def _figure(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, int | float) else "not measured"
+
+
+def _python(*lines: str) -> str:
+    return "\n".join(["```python", *lines, "```"])
+
+
+def code(text: str) -> str:
+    """A text that may be a stranger's, as code inside a line or a table's cell."""
+    return f"`{printable(text).replace('`', chr(39)).replace('|', '/')}`"
+
+
+def escaped(text: str) -> str:
+    """A text that may be a stranger's, so that Markdown takes it as it is."""
+    return re.sub(r"([\\`*\[\]<>|])", r"\\\1", printable(text))

@@ -1,0 +1,284 @@
+"""The folder that an export is: what it says, whose it is, and what is refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run
+from safetensors import safe_open
+from test_python_api import mine
+
+import sslkit
+from sslkit.exporting import Export, export
+from sslkit.opened_run import open_run
+from sslkit_watch import KNN
+
+ALL = ["README.md", "model.safetensors", "sslkit.json"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of a network that no library has, with checkpoints at steps 5 and 10."""
+    path = tmp_path_factory.mktemp("trained") / "run"
+    train = sslkit.Train(epochs=1, batch_size=128, checkpoint_every=5, keep_checkpoints=9)
+    sslkit.train(mine(observers=(KNN(bank=200, queries=100, k=20),), train=train), run_dir=path, quiet=True)
+    return path
+
+
+@pytest.fixture
+def copied(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_network_that_only_sslkit_builds(copied: Path) -> None:
+    done = run("export", str(copied))
+    assert done.exit_code == 0, done.output
+    folder = copied / "export"
+    assert names(folder) == ALL, "no config.json, which timm would take for one of its own"
+    first, check, note = done.output.splitlines()
+    assert first == f"{folder}: 8 features of 3 x 16 x 16 images, step 10, online network"
+    assert "read by the backbone 'convnet' of sslkit; features of 8 images differ by at most" in check
+    assert note.startswith("backbone 'convnet' is no network of timm's, so that these weights need sslkit")
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        assert file.metadata() == {"format": "pt", "weights": open_run(copied).weights}
+    own = sslkit.load_encoder(copied).backbone.state_dict()
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    text = (folder / "README.md").read_text()
+    assert "sslkit's backbone `convnet`" in text
+    assert '"widths": [8, 8]' in text
+    assert "library_name" not in text
+
+
+def test_as_graphs_it_needs_no_sslkit(copied: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    done = run("export", str(copied), "--format", "onnx", "--format", "torch", "--to", str(copied / "graphs"), "--json")
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.output)
+    assert [check["file"] for check in told["checks"]] == ["model.pt2", "model.onnx"]
+    assert told["folder"] == str(copied / "graphs")
+    assert told["graph_size"] == 16
+    program = torch.export.load(copied / "graphs" / "model.pt2").module()
+    given = torch.randint(0, 256, (7, 3, 16, 16)).to(torch.uint8)
+    wanted = sslkit.load_encoder(copied).features(given)
+    torch.testing.assert_close(program(given.float() / 255), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_what_it_says_of_itself(copied: Path) -> None:
+    done = export(copied, checkpoint=5, branch="target", name="Mine", licence="CC-BY-4.0")
+    told, opened = json.loads((done.folder / "sslkit.json").read_text()), open_run(copied, "target", 5)
+    assert told == json.loads(json.dumps(done.facts))
+    assert (told["step"], told["branch"], told["weights"]) == (5, "target", opened.weights)
+    assert (told["name"], told["licence"], told["run"]) == ("Mine", "cc-by-4.0", "run")
+    assert told["images"] == {"channels": 3, "size": 16, "mean": list(opened.info.mean), "std": list(opened.info.std)}
+    assert told["recipe_hash"] == opened.facts["recipe_hash"]
+    assert told["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert str(copied) not in (done.folder / "sslkit.json").read_text(), "where it was made is nobody's business"
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in done.folder.iterdir()}
+    assert told["files"] == {name: digests[name] for name in ALL if name != "sslkit.json"}
+
+
+# ---------------------------------------------------------------- whose folder it is
+
+
+def refused(copied: Path, text: str, error: type[Exception] = sslkit.UserError, **how: Any) -> None:
+    with pytest.raises(error, match=text) as caught:
+        export(copied, **how)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_export_takes_the_place_of_an_earlier_one_alone(copied: Path, tmp_path: Path) -> None:
+    folder = export(copied, checkpoint=5).folder
+    before = (folder / "model.safetensors").read_bytes()
+    export(copied)
+    assert names(folder) == ALL
+    assert (folder / "model.safetensors").read_bytes() != before
+    assert not [path for path in copied.iterdir() if path.name.startswith(".export")]
+    (empty := tmp_path / "empty").mkdir()
+    assert names(export(copied, empty).folder) == ALL
+    assert names(export(copied, tmp_path / "new" / "folder").folder) == ALL
+
+
+def test_a_folder_of_somebody_else_is_left_alone(copied: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "config.json").write_text("{}")
+    refused(copied, "other: is there, and sslkit export did not write it; give another folder", to=other)
+    (other / "sslkit.json").write_text('{"written_by": "somebody"}')
+    refused(copied, "sslkit export did not write it", to=other)
+    (other / "sslkit.json").write_text('{"written_by": "sslkit export"}')
+    refused(copied, "config.json: sslkit export did not write this", to=other)
+    assert (other / "config.json").read_text() == "{}"
+    (link := tmp_path / "link").symlink_to(other)
+    refused(copied, "link: is a link", to=link)
+    refused(copied, "config.json: is a file", to=other / "config.json")
+    refused(copied, "x: cannot be made: .*; give another folder to write to", to=other / "config.json" / "x")
+
+
+def test_what_was_added_or_changed_since_is_not_lost(copied: Path) -> None:
+    folder = export(copied).folder
+    card = folder / "README.md"
+    text = card.read_text()
+    card.write_text(text.replace("license: unknown", "license: mit"))
+    refused(copied, r"README.md: was changed since it was written; give another folder")
+    card.write_text(text)
+    (folder / "notes.txt").write_text("mine")
+    refused(copied, r"notes.txt: sslkit export did not write this")
+    (folder / "notes.txt").unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(card)
+    refused(copied, r"model.safetensors: sslkit export did not write this")
+
+
+def test_a_failure_leaves_the_earlier_export_as_it_was(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = export(copied).folder
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def full(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sslkit.exporting.Card.text", full)
+    refused(copied, "export: cannot be written: .*No space left", sslkit.RunFailed, checkpoint=5)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert not [path for path in copied.iterdir() if path.name.startswith(".export")]
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+@pytest.mark.parametrize(
+    "clean",
+    [
+        lambda self, images: self._normalize(images.float() / 255).square(),
+        lambda self, images: self._normalize(images.flip(3).float() / 255),
+        lambda self, images: self._normalize(images.float() / 255)[:, :, 2:-2],
+    ],
+    ids=["not a straight line", "not each pixel by itself", "not square"],
+)
+def test_a_preparation_that_no_file_can_say(copied: Path, clean: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sslkit_affine.maker.AffineMaker.clean", clean)
+    for name in ("timm", "torch"):
+        refused(
+            copied, r"run: its view generator 'affine' prepares images by more than a mean and a spread", formats=name
+        )
+    assert not (copied / "export").exists()
+
+
+def test_options_that_do_not_fit(copied: Path, tmp_path: Path) -> None:
+    refused(copied, "formats: there is no 'onx'; did you mean 'onnx'", formats=("onx",))
+    refused(copied, "size: timm's weights are tied to no size", size=64)
+    refused(copied, "size: should be 1 or more", size=0, formats="torch")
+    refused(copied, "opset: is for onnx", opset=18)
+    refused(copied, r"licence: should be an SPDX identifier such as apache-2.0 .*, not 'my own\\nlicence'",
+            licence="my own\nlicence")  # fmt: skip
+    refused(tmp_path / "nothing", "is not there")
+    assert run("export", str(copied), "--size", "64").exit_code == 2
+
+
+def test_features_that_are_not_finite(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_run(copied)
+    next(opened.backbone.parameters()).data.fill_(float("nan"))
+    monkeypatch.setattr("sslkit.exporting.open_run", lambda *_, **__: opened)
+    refused(copied, "the features at step 10 are not finite; there is nothing to export", sslkit.RunFailed)
+
+
+# ---------------------------------------------------------------- the card
+
+
+def text_of(done: Export) -> str:
+    return (done.folder / "README.md").read_text()
+
+
+def test_the_card_has_the_figures_of_these_weights_alone(copied: Path) -> None:
+    records = [json.loads(line) for line in (copied / "metrics.jsonl").read_text().splitlines()]
+    first, last = ([r for r in records if "knn_top1" in r][n] for n in (0, -1))
+    text = text_of(export(copied))
+    assert (
+        f"kNN top-1 in the training itself (k 20, T 0.1, training images 200, test images 100, features in fp32): "
+        f"{last['knn_top1']:.4f}; the network that the run began with has {first['knn_top1']:.4f}." in text
+    )
+    assert "None was measured on these weights." in text_of(export(copied, checkpoint=5))
+    assert "None was measured on these weights." in text_of(export(copied, branch="target"))
+    record = {
+        "protocol": "linear", "options": {"C": "swept", "folds": None}, "branch": "online", "top1": 0.5312,
+        "checkpoint": {"step": 10, "which": "last", "weights": open_run(copied).weights}, "spread": 0.002,
+        "data": {"fingerprint": "0", "train": 5000, "test": 1000, "classes": 10}, "random": 0.41, "pixels": None,
+    }  # fmt: skip
+    other = {**record, "top1": 0.99, "checkpoint": {"weights": "0"}}
+    (copied / "evaluation.json").write_text(json.dumps({"schema": 1, "records": [record, other]}))
+    row = "| linear (C = swept, folds = None) | 0.5312 ± 0.0020 | 0.4100 | not measured | 5,000 training, 1,000 test |"
+    assert row in (text := text_of(export(copied)))
+    assert "0.99" not in text
+    assert "`evaluation.json` has figures of other weights alone." in text_of(export(copied, checkpoint=5))
+
+
+def test_the_card_says_what_is_not_known_and_what_the_doctor_found(copied: Path) -> None:
+    text = text_of(export(copied))
+    assert "license: unknown" in text
+    assert "None was given: ask whoever trained it before you use or share it." in text
+    verdict = sslkit.examine(copied).verdict
+    assert f"`sslkit doctor` on the run: **{verdict}**." in text
+    assert "| Began | at random, seed 0 |" in text
+    given = text_of(export(copied, licence="Apache-2.0"))
+    assert "license: apache-2.0" in given
+    (copied / "facts.json").unlink()
+    (copied / "metrics.jsonl").unlink()
+    assert "The run could not be examined: " in text_of(export(copied))
+
+
+def test_figures_on_the_best_checkpoint_are_said_to_be_chosen(copied: Path) -> None:
+    assert "The checkpoint was chosen by its kNN accuracy on test images" in text_of(export(copied, checkpoint="best"))
+
+
+@pytest.mark.parametrize("name", ["<script>", "a\n## b", "`x` | [y](z)"])
+def test_a_strangers_texts_are_only_texts(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    opened = open_run(trained)
+    opened = replace(opened, tables={**opened.tables, "name": name, "loss": {"use": name}})
+    monkeypatch.setattr("sslkit.exporting.open_run", lambda *_, **__: opened)
+    text = text_of(export(trained, tmp_path / "out"))
+    assert "\n## b" not in text
+    assert "# \\<script\\>" in text or name != "<script>"
+    assert all(line.count("|") == 3 for line in text.splitlines() if line.startswith("| "))
+
+
+def test_the_same_in_python_and_on_the_command_line(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr("sslkit.exporting.open_run", lambda *a, **how: seen.update(given=a) or refuse())
+
+    def refuse() -> None:
+        raise sslkit.UserError("enough")
+
+    done = run("export", str(copied), "--checkpoint", "5", "--branch", "target")
+    assert (done.exit_code, done.output) == (2, "enough\n")
+    assert seen["given"] == (str(copied), "target", 5)
+
+
+def test_random_numbers_of_the_caller_stay_as_they_are(copied: Path, check_state: Callable[[], None]) -> None:
+    export(copied)
+    check_state()
+
+
+@pytest.fixture
+def check_state() -> Callable[[], None]:
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+
+    def check() -> None:
+        assert torch.equal(torch.random.get_rng_state(), before)
+
+    return check
