@@ -13,11 +13,14 @@ from typing import Any
 import pytest
 import torch
 from conftest import run
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 from test_python_api import mine
 
 import sslkit
 from sslkit.exporting import Export, export
+from sslkit.exporting.prepared import _shortest
 from sslkit.opened_run import open_run
 from sslkit_watch import KNN
 
@@ -75,6 +78,34 @@ def test_as_graphs_it_needs_no_sslkit(copied: Path) -> None:
     given = torch.randint(0, 256, (7, 3, 16, 16)).to(torch.uint8)
     wanted = sslkit.load_encoder(copied).features(given)
     torch.testing.assert_close(program(given.float() / 255), wanted, rtol=1e-5, atol=1e-5)
+
+
+LOCAL = """
+from sslkit.api import Backbone
+
+class Small(Backbone):
+    \"\"\"A small network.\"\"\"
+
+    def build(self, run):
+        from torch import nn
+
+        network = nn.Sequential(nn.Conv2d(run.channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        network.feature_dim = 4
+        return network
+"""
+
+
+def test_a_network_of_a_file_goes_by_its_name_alone(tmp_path: Path, tiny: Path) -> None:
+    (tmp_path / "small.py").write_text(LOCAL)
+    table = tiny.read_text().partition("[backbone]")[2].partition("[projector]")[0]
+    tiny.write_text(tiny.read_text().replace(table, '\nuse = "./small.py:Small"\n\n'))
+    recipe = sslkit.load_recipe(tiny, allow_local_code=True)
+    sslkit.train(recipe, run_dir=tmp_path / "run", steps=1, quiet=True)
+    refused(tmp_path / "run", "add allow_local_code=True")
+    done = export(tmp_path / "run", allow_local_code=True)
+    assert "small.py:Small" in text_of(done)
+    for path in done.folder.iterdir():
+        assert str(tmp_path).encode() not in path.read_bytes(), path
 
 
 def test_what_it_says_of_itself(copied: Path) -> None:
@@ -186,6 +217,16 @@ def test_options_that_do_not_fit(copied: Path, tmp_path: Path) -> None:
             licence="my own\nlicence")  # fmt: skip
     refused(tmp_path / "nothing", "is not there")
     assert run("export", str(copied), "--size", "64").exit_code == 2
+
+
+@settings(deadline=None)
+@given(st.floats(-10, 10, allow_subnormal=False))
+def test_a_mean_is_told_in_few_digits_and_exactly(value: float) -> None:
+    told = _shortest(value)
+    assert abs(told - value) <= 1e-7 * abs(value)
+    assert str(told) != "-0.0"
+    meant = round(value, 4)
+    assert abs(meant) < 1e-3 or _shortest(float(torch.tensor(meant))) == meant
 
 
 def test_features_that_are_not_finite(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -259,6 +259,7 @@ def test_graphs_of_another_size(a_run: OpenedRun, exporting: Callable[..., Expor
         exporting("transformer", tmp_path / "no", formats=("torch",), size=48)
 
 
+@pytest.mark.slow
 def test_onnx_with_another_operator_set(exporting: Callable[..., Export], tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     done = exporting("grey", tmp_path / "out", formats=("onnx",), opset=18)
@@ -267,15 +268,17 @@ def test_onnx_with_another_operator_set(exporting: Callable[..., Export], tmp_pa
     assert "operator set 18" in done.checks[0].read_by
 
 
+@pytest.mark.parametrize(
+    ("name", "file"), [("torch", graphs.TORCH), pytest.param("onnx", graphs.ONNX, marks=pytest.mark.slow)]
+)
 def test_a_graph_with_other_features_is_not_kept(
-    exporting: Callable[..., Export], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    exporting: Callable[..., Export], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str, file: str
 ) -> None:
     forward = Prepared.forward
     monkeypatch.setattr(Prepared, "forward", lambda self, images: forward(self, images) * 1.001)
-    for name, file in (("torch", graphs.TORCH), ("onnx", graphs.ONNX)):
-        with pytest.raises(RunFailed, match=rf"to {file}: read by .*differ by at most 1.0e-03 of the largest"):
-            exporting("grey", tmp_path / "out", formats=(name,))
-        assert list(tmp_path.iterdir()) == []
+    with pytest.raises(RunFailed, match=rf"to {file}: read by .*differ by at most 1.0e-03 of the largest"):
+        exporting("grey", tmp_path / "out", formats=(name,))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_that_were_written_wrong_are_not_kept(
@@ -285,6 +288,21 @@ def test_weights_that_were_written_wrong_are_not_kept(
     monkeypatch.setattr(hub, "save", lambda tensors, told: save({k: v + 1 for k, v in tensors.items()}, told))
     with pytest.raises(RunFailed, match="does not hold what was written"):
         exporting("grey", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_configuration_that_prepares_otherwise_is_not_kept(
+    exporting: Callable[..., Export], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    config = hub._config
+
+    def wrong(*given: Any) -> dict[str, Any]:
+        told = config(*given)
+        return told | {"pretrained_cfg": told["pretrained_cfg"] | {"std": [0.25, 0.25, 0.25]}}
+
+    monkeypatch.setattr(hub, "_config", wrong)
+    with pytest.raises(RunFailed, match=r"to model.safetensors: read by timm .*; nothing was kept"):
+        exporting("usual", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 

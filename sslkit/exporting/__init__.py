@@ -19,7 +19,7 @@ import click
 import sslkit
 from sslkit.errors import UserError, did_you_mean, printable
 from sslkit.exporting import graphs, hub
-from sslkit.exporting.card import CARD, Card
+from sslkit.exporting.card import CARD, Card, use_of
 from sslkit.exporting.folder import TOLD, WRITTEN_BY, digest, refuse_foreign, replacing
 from sslkit.exporting.prepared import Check, Job, Preparation, Prepared, preparation_of, reference
 from sslkit.opened_run import Branch, open_run
@@ -170,7 +170,9 @@ def _facts(job: Job) -> dict[str, Any]:
         "feature_dim": opened.backbone.feature_dim,
         "images": asdict(job.preparation),
         "graph_size": job.side if {"torch", "onnx"} & set(job.formats) else None,
-        "network": asdict(known) if known else {"sslkit": dict(opened.tables["backbone"])},
+        "network": asdict(known)
+        if known
+        else {"sslkit": opened.tables["backbone"] | {"use": use_of(opened.tables, "backbone")}},
         "formats": list(job.formats),
         "versions": {"sslkit": sslkit.__version__, **{name: metadata.version(name) for name in packages}},
     }
@@ -181,9 +183,9 @@ def _note(job: Job, folder: Path) -> str:
         return ""
     if job.known is None:
         return (
-            f"backbone {job.opened.tables['backbone']['use']!r} is no network of timm's, so that these weights need "
+            f"backbone {use_of(job.opened.tables, 'backbone')!r} is no network of timm's, so that these weights need "
             "sslkit; --format torch and --format onnx write it whole"
         )
     if hub.is_by_name(job.known):
-        return f'timm.create_model("local-dir:{folder}", pretrained=True) loads it'
+        return f"timm.create_model({json.dumps(f'local-dir:{folder}')}, pretrained=True) loads it"
     return f"timm has no name for this network: {folder / CARD} has the lines that build and load it"

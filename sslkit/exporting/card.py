@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sslkit import doctor
+from sslkit import doctor, local
 from sslkit.api import Portable
 from sslkit.errors import UserError, printable
 from sslkit.exporting import graphs, hub
@@ -49,7 +49,7 @@ class Card:
 
     def _what(self) -> str:
         opened, known = self.job.opened, self.job.known
-        architecture = known.architecture if known else opened.tables["backbone"]["use"]
+        architecture = known.architecture if known else use_of(opened.tables, "backbone")
         return (
             f"Features of images: a {code(architecture)} with {opened.backbone.feature_dim} features, trained by "
             "sslkit. It is the backbone alone, without the heads of the training, and has no classifier."
@@ -125,9 +125,10 @@ class Card:
         )
 
     def _use_own(self) -> str:
-        table = dict(self.job.opened.tables["backbone"])
+        use = use_of(self.job.opened.tables, "backbone")
+        table = {name: value for name, value in self.job.opened.tables["backbone"].items() if name != "use"}
         return (
-            f"`{hub.WEIGHTS}` holds the weights of sslkit's backbone {code(str(table.pop('use')))} with the options "
+            f"`{hub.WEIGHTS}` holds the weights of sslkit's backbone {code(use)} with the options "
             f"{code(json.dumps(table, default=str))}, which no other library builds. Without sslkit, export it as a "
             "graph: `--format torch` or `--format onnx`."
         )
@@ -152,11 +153,11 @@ class Card:
         rows = {
             "Recipe": f"{code(str(tables.get('name', '')))}, hash {code(str(opened.facts.get('recipe_hash', '')))}",
             **{
-                words: code(str(tables.get(slot, {}).get("use")))
+                words: code(use_of(tables, slot))
                 for slot, words in (("loss", "Loss"), ("target_updater", "Target"), ("view_generator", "Views"))
                 if isinstance(tables.get(slot), dict)
             },
-            "Images": f"{info.train_images:,} of {code(str(tables.get('data_source', {}).get('use')))}, fingerprint "
+            "Images": f"{info.train_images:,} of {code(use_of(tables, 'data_source'))}, fingerprint "
             f"{code(str(opened.facts.get('data_fingerprint', ''))[:12])}",
             "Weights": f"step {opened.step:,} of {info.total_steps:,} ({train.get('epochs')} epochs, batch size "
             f"{info.batch_size}){which}, {opened.branch} network, SHA-256 {code(opened.weights[:12])}",
@@ -260,6 +261,13 @@ def _figure(value: object) -> str:
 
 def _python(*lines: str) -> str:
     return "\n".join(["```python", *lines, "```"])
+
+
+def use_of(tables: Mapping[str, Any], slot: str) -> str:
+    """The component in a slot, without the folder of a file that it came from."""
+    use = str(_table(tables, slot).get("use"))
+    found = local.split(use)
+    return f"{found[0].name}:{found[1]}" if found else use
 
 
 def code(text: str) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sslkit import randomness, registry
 from sslkit.api import Portable
 from sslkit.errors import RunFailed
-from sslkit.exporting.prepared import Check, Job, Reference
+from sslkit.exporting.prepared import Check, Job, Preparation, Reference
 from sslkit.opened_run import OpenedRun, digest_of
 
 WEIGHTS = "model.safetensors"
@@ -100,15 +100,25 @@ def check(folder: Path, job: Job, reference: Reference) -> Check:
     Raises:
         RunFailed: they cannot be read, or give other features.
     """
-    opened, known, normalise = job.opened, job.known, job.preparation.normalise
+    opened, known = job.opened, job.known
     if digest_of(read(folder / WEIGHTS)) != opened.weights:
         raise RunFailed(f"{WEIGHTS} does not hold what was written to it; nothing was kept")
     with randomness.seeded(0, "export"):  # the weights are replaced; nobody else's random numbers change
         if known is None:
-            model, by = _own(folder, opened), f"the backbone {registry.name_of(type(opened.spec))!r} of sslkit"
+            model, by = _own(folder, opened), f"the backbone {registry.short_name(type(opened.spec))!r} of sslkit"
         else:
             model, by = _timms(folder, known), f"timm {metadata.version('timm')}"
-    return reference.check(WEIGHTS, by, ALLOWED, lambda pixels: model(normalise(pixels)))
+    prepare = _preparation_in(folder, job.preparation).normalise
+    return reference.check(WEIGHTS, by, ALLOWED, lambda pixels: model(prepare(pixels)))
+
+
+def _preparation_in(folder: Path, given: Preparation) -> Preparation:
+    """What the configuration says of images, which has to be right as the weights have; without one, what is given."""
+    if not (folder / CONFIG).exists():
+        return given
+    told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["pretrained_cfg"]
+    channels, size, _ = told["input_size"]
+    return Preparation(channels, size, tuple(told["mean"]), tuple(told["std"]))
 
 
 def read(path: Path) -> dict[str, Tensor]:
@@ -123,7 +133,7 @@ def _timms(folder: Path, known: Portable) -> nn.Module:
         with contextlib.redirect_stdout(io.StringIO()):  # --json prints nothing else
             exec("\n".join([*imports_of(known), *lines_of(known)]), names)
     except Exception as error:  # whatever the library raises
-        line = str(error).strip().partition("\n")[0]
+        line = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
         by = f"timm {metadata.version('timm')}"
         raise RunFailed(f"{by} cannot load what was written: {line}; nothing was kept") from error
     return cast(nn.Module, names["model"])

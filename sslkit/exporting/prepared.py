@@ -67,7 +67,8 @@ def preparation_of(opened: OpenedRun) -> Preparation:
 
 def _shortest(value: float) -> float:
     """The number that was meant: 0.4914, not what float32 makes of it."""
-    return next(short for digits in range(3, 18) if abs((short := round(value, digits)) - value) <= 1e-7 * abs(value))
+    rounded = (round(value, digits) + 0.0 for digits in range(3, 10))  # + 0.0: without a minus before nothing
+    return next((short for short in rounded if abs(short - value) <= 1e-7 * abs(value)), value)
 
 
 @dataclass(frozen=True)
