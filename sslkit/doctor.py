@@ -118,6 +118,9 @@ def explained(found: Iterable[Finding]) -> list[Finding]:
 
 # ---------------------------------------------------------------- what is told
 
+UNLABELLED = "no labels: the verdict rests on spread, rank and LiDAR, which find broken runs and do not rank sound ones"
+"""What a verdict ends with where quality could not be measured."""
+
 
 @dataclass(frozen=True)
 class Examination:
@@ -135,6 +138,8 @@ class Examination:
     """Whether the run was begun and nothing of its training is recorded."""
     unproven: str = ""
     """Why finding nothing does not make a run healthy, where it does not."""
+    unlabelled: bool = False
+    """Whether there are no labels, so that nothing tells how good the features are."""
 
     def count(self, severity: Severity) -> int:
         """Findings of one severity."""
@@ -149,7 +154,8 @@ class Examination:
     def verdict(self) -> str:
         """One line: whether to trust the run, and what to do first."""
         missing = "" if not self.broken else f" (rules that are broken and were not asked: {self.broken})"
-        return self._judged + missing
+        rests = f"; {UNLABELLED}" if self.unlabelled and not self.count("error") else ""
+        return self._judged + rests + missing
 
     @property
     def _judged(self) -> str:
@@ -233,7 +239,7 @@ def examine(course: Course, title: str, *, notes: Iterable[str] = (), accepted: 
     unseen = bool(course.status) and not course.step
     told = tuple(explained(meant))
     notes = (*notes, *_figures(course), *broken)
-    return Examination(title, told, notes, len(broken), over, unseen, _unproven(course))
+    return Examination(title, told, notes, len(broken), over, unseen, _unproven(course), _unlabelled(course))
 
 
 _SLOT = "backbone|data_source|loss|observers|optimizer|predictor|projector|target_updater|train|view_generator"
@@ -263,6 +269,12 @@ def _unproven(course: Course) -> str:
     few = max(len(c.values) for c in curves) < 3
     why = "accuracy was measured once or twice" if few else "accuracy has not clearly risen"
     return f"{why}, and there is no figure of the random network to compare with"
+
+
+def _unlabelled(course: Course) -> bool:
+    """Whether a run has no labels, and nothing recorded is an accuracy all the same."""
+    measured = course.facts.quality or ("knn_top1", "probe_top1")
+    return course.facts.labelled is False and not any(course.points(key).values for key in measured)
 
 
 def _figures(course: Course) -> list[str]:

@@ -24,7 +24,7 @@ from sslkit.preparation import prepare
 from sslkit.progress import say
 from sslkit.recipe import read_recipe
 from sslkit.rules import Course, Finding
-from sslkit.suggesting.choices import BATCH, ENOUGH_EPOCHS, Found, Machine, Wanted, choose, described
+from sslkit.suggesting.choices import ENOUGH_EPOCHS, Found, Machine, Wanted, choose, described
 from sslkit.suggesting.lines import Choices, power_of_two
 from sslkit.suggesting.machine import machine_of, speed
 from sslkit.suggesting.methods import Method, method_named
@@ -71,7 +71,8 @@ def init(
         bad = seen.unreadable[0]
         raise UserError(f"{folder}: none of the {seen.looked_at} files looked at can be read, as {bad['path']}: "
                         f"{bad['problem']}")  # fmt: skip
-    wanted = Wanted(root.resolve().as_posix(), named, hours, size, mixed)
+    ranged = "value_range" in registry.load("data_source", "folder").model_fields
+    wanted = Wanted(root.resolve().as_posix(), named, hours, size, mixed, ranged)
     for title, text in described(seen).items():
         tell(f"{title + ':':15} {text}")
     made, text, findings = _decide(seen, machine, wanted, donor, tell)
@@ -182,4 +183,4 @@ def _measured(made: Choices, machine: Machine) -> Found:
             if fits or batch <= 2:
                 break
             batch = power_of_two(batch / 2)
-    return Found(seconds / few, batch if batch < BATCH else None)
+    return Found(seconds / few, batch if batch < made.value("train.batch_size") else None)

@@ -18,6 +18,9 @@ FRUGAL = {"cuda": 128, "cpu": 96}
 """Sides of views of photographs, and what is taken where the hours do not suffice for those."""
 SMALL_STEM = 64
 """Side up to which a ResNet wants the stem for small images."""
+SINGLE_PIXEL = 16
+"""Side of views that a ResNet's large-image stem and stages make a single pixel of, where bfloat16 goes wrong on a CPU
+(sslkit.bf16)."""
 BLURRED = 96
 """Side from which a blur leaves something to see."""
 DEEP = 20_000
@@ -61,6 +64,8 @@ class Wanted:
     size: int | None = None
     mixed: bool = False
     """Whether images lie beside folders of images, so that folders are no classes."""
+    ranged: bool = True
+    """Whether the data source can be told which values become black and white."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +149,12 @@ def _data(
     made.add("data_source.channels", look.channels, f"of those looked at: {kinds}")
     if look.value_range is not None:
         low, high = (float(f"{bound:.6g}") for bound in look.value_range)
-        made.add("data_source.value_range", [low, high if high > low else low + 1.0],
-                 "becomes 0..255: the .1 and 99.9 percentile of the values that are not 8-bit")  # fmt: skip
+        if wanted.ranged:
+            made.add("data_source.value_range", [low, high if high > low else low + 1.0],
+                     "becomes 0..255: the .1 and 99.9 percentile of the values that are not 8-bit")  # fmt: skip
+        else:
+            made.notes.append(f"16-bit values lie between {low:g} and {high:g} and are scaled by 65,535: look whether "
+                              "the views are too dark")  # fmt: skip
     if broken:
         named = ", ".join(str(bad["path"]) for bad in look.unreadable[:3])
         more = f" and {len(look.unreadable) - 3} more" if len(look.unreadable) > 3 else ""
@@ -262,24 +271,25 @@ def _train(
     found: Found | None, size: int, stem: str,
 ) -> None:  # fmt: skip
     steps = made.epochs * per_epoch
-    hours = f"{wanted.hours:g} hour{'s' * (wanted.hours != 1)}"
+    one = wanted.hours == 1
+    hours, have = ("an hour", "has") if one else (f"{wanted.hours:g} hours", "have")
     rate = f" at {1 / found.seconds_per_image:,.0f} images/s" if found else ""
     if made.affordable >= MOST_EPOCHS:
-        why = f"{steps:,} steps; {hours} have more{rate}, and small sets gain little beyond"
+        why = f"{steps:,} steps; {hours} {have} more{rate}, and small sets gain little beyond"
     else:
-        why = f"{steps:,} steps: what {hours} have on this machine{rate}"
+        why = f"{steps:,} steps: what {hours} {have} on this machine{rate}"
     made.add("train.epochs", made.epochs, why)
     if found and (steps < ENOUGH_STEPS or made.epochs < 10):
         cheaper = "" if machine.device == "cuda" else ", a GPU"
         made.notes.append(
-            f"{hours} are {made.epochs} epoch{'s' * (made.epochs != 1)}, {steps:,} steps: little for any method "
-            f"(CIFAR-10 takes 200 epochs); more --hours{cheaper} or a smaller --size give more"
+            f"{hours} {'is' if one else 'are'} {made.epochs} epoch{'s' * (made.epochs != 1)}, {steps:,} steps: little "
+            f"for any method (CIFAR-10 takes 200 epochs); more --hours{cheaper} or a smaller --size give more"
         )
-    fits = "as many as fit the device's memory" if found and found.batch_size == batch < BATCH else (
+    fits = "as many as fit the device's memory" if found and found.batch_size == batch else (
         "the recipes' usual" if batch == BATCH else f"{train:,} images give no more than {per_epoch} steps an epoch"
     )  # fmt: skip
     made.add("train.batch_size", batch, fits)
-    if machine.fast_bf16 and size > 32:
+    if machine.fast_bf16 and (machine.device == "cuda" or _smallest(made, size) > SINGLE_PIXEL):
         made.add("train.precision", "bf16", "networks in bfloat16, loss and weights in float32")
     method.train(made)
     seconds = found.seconds_per_image * batch if found else 1.0
@@ -289,6 +299,11 @@ def _train(
     accepted = list(_accepted(made, method, batch, size, stem, train))
     if accepted:
         made.add("train.accept", [name for name, _ in accepted], "; ".join(why for _, why in accepted))
+
+
+def _smallest(made: Choices, size: int) -> int:
+    """Side of the smallest views."""
+    return min([size, *(int(group.get("size", size)) for group in made.value("view_generator.views") or ())])
 
 
 def _round(number: float) -> int:
