@@ -40,6 +40,8 @@ class Curve:
     steps: Sequence[int]
     epochs: Sequence[float]
     values: Sequence[float | None]
+    band: Sequence[tuple[float, float] | None] = ()
+    """Lower and upper edge of what is shaded around each point; empty for a curve without a band."""
 
 
 @dataclass(frozen=True)
@@ -140,8 +142,9 @@ def thinned(curve: Curve, limit: int = MANY) -> Curve:
             kept.add(next(place for place in places if place not in values))
     order = sorted(kept)
     return Curve(
-        curve.name, [curve.steps[i] for i in order], [curve.epochs[i] for i in order], [curve.values[i] for i in order]
-    )
+        curve.name, [curve.steps[i] for i in order], [curve.epochs[i] for i in order],
+        [curve.values[i] for i in order], [curve.band[i] for i in order] if curve.band else (),
+    )  # fmt: skip
 
 
 @dataclass
@@ -187,9 +190,10 @@ class Drawings:
         """Markup of a chart. `names` give each curve its number where the page has a button for each name; without
         them the chart has buttons of its own, with the newest value of each curve."""
         traces, buttons, drawn = [], [], []
-        for place, whole in enumerate(chart.curves):
-            curve = thinned(whole)
-            number = place if names is None else names.index(curve.name)
+        curves = [thinned(curve) for curve in chart.curves]
+        numbers = [place if names is None else names.index(curve.name) for place, curve in enumerate(curves)]
+        bands = [_band(curve, number) for curve, number in zip(curves, numbers, strict=True) if any(curve.band)]
+        for place, (curve, number) in enumerate(zip(curves, numbers, strict=True), len(bands)):
             colour, dashes = stroke(number)
             width = 2 if names else 1.5 if len(curve.steps) <= MANY // 4 else 1
             values = [_short(value) for value in curve.values]
@@ -207,7 +211,8 @@ class Drawings:
             buttons.append(f'<button type="button" aria-pressed="{str(chart.log).lower()}" '
                            f'data-log="{len(self._figures)}">log</button>')  # fmt: skip
         return self._figure(
-            chart.title, chart.meaning, buttons if names is None else [], chart.warning, kind="curves", data=traces,
+            chart.title, chart.meaning, buttons if names is None else [], chart.warning, kind="curves",
+            data=[*bands, *traces],  # below the lines
             log=chart.log, marks=[[m.step, m.epoch, escape(m.text), m.severity] for m in chart.marks],
             levels=[[level.value, stroke(level.curve)[0]] for level in chart.levels],
         )  # fmt: skip
@@ -268,6 +273,29 @@ class Drawings:
             f"<p>{escape(meaning)}</p>{warned}{legend}</figcaption>\n"
             f'<div id="chart-{number}" role="img" aria-labelledby="title-{number}"></div></figure>'
         )
+
+
+def _band(curve: Curve, number: int) -> dict[str, Any]:
+    """The trace that shades a curve's band: out along the lower edge and back along the upper one, between gaps."""
+    drawn: list[tuple[float | None, int | None, float | None]] = []
+    stretch: list[int] = []
+    for place in range(len(curve.band) + 1):
+        if place < len(curve.band) and curve.band[place] is not None:
+            stretch.append(place)
+        elif stretch:
+            for edge, places in ((0, stretch), (1, stretch[::-1])):
+                for point in places:
+                    edges = curve.band[point]
+                    assert edges is not None
+                    drawn.append((curve.epochs[point], curve.steps[point], _short(edges[edge])))
+            drawn.append((None, None, None))
+            stretch = []
+    red, green, blue = (int(stroke(number)[0][i : i + 2], 16) for i in (1, 3, 5))
+    return {
+        "type": "scatter", "name": escape(curve.name), "meta": number, "x": [x for x, _, _ in drawn],
+        "customdata": [step for _, step, _ in drawn], "y": [y for _, _, y in drawn], "mode": "lines", "fill": "toself",
+        "fillcolor": f"rgba({red}, {green}, {blue}, 0.2)", "line": {"width": 0}, "hoverinfo": "skip",
+    }  # fmt: skip
 
 
 def _line(number: int) -> str:

@@ -302,17 +302,18 @@ def diff(a: str, b: str, as_json: bool) -> None:
 @main.command()
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...", type=click.Path())
 @click.option("--out", type=click.Path(), default="compare.html", show_default=True, help="The page; overwritten.")
+@click.option("--group", is_flag=True, help="Draw runs that differ in their seed alone as one, with mean and spread.")
 @local_code
 @leaving_out
-def compare(runs: tuple[str, ...], out: str) -> None:
+def compare(runs: tuple[str, ...], out: str, group: bool) -> None:
     """Draw loss, kNN, rank and tau of several runs over each other, as one HTML page.
 
-    RUN is a run directory, also of a run that is going on. The page shows in which options the recipes differ, and says
-    which figures do not compare. It needs no network.
+    RUN is a run directory, also of a run that is going on, or a folder of runs. The page shows in which options the
+    recipes differ, and says which figures do not compare. It needs no network.
     """
     from sslkit.compare import compare as write
 
-    write(runs, out)
+    write(runs, out, group=group)
 
 
 @main.command()

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from sslkit import compare_groups
 from sslkit.charts import Chart, Curve, Table, page
+from sslkit.compare_groups import Group
 from sslkit.describe import as_toml
 from sslkit.errors import SslkitError, UserError, did_you_mean, printable
 from sslkit.page import page_path, save
@@ -45,6 +49,8 @@ class Run:
     data: str | None
     recipe: Recipe | None
     problem: str = ""
+    place: Path = Path()
+    """Its directory."""
 
     @property
     def counts_epochs(self) -> bool:
@@ -63,36 +69,69 @@ class Run:
         curve = self.curve(key)
         return [(step, value) for step, value in zip(curve.steps, curve.values, strict=True) if value is not None]
 
+    def accuracy(self) -> str:
+        """kNN of the random network and the last one; neither stands in for the other."""
+        points = self.points("knn_top1")
+        if not points:
+            return ABSENT
+        (begun, first), (reached, last) = points[0], points[-1]
+        return f"{ABSENT if begun else f'{first:.4f}'} → {f'{last:.4f}' if reached else ABSENT}"
+
     def protocols(self) -> list[tuple[Any, ...]]:
         """What kNN was measured with, each once; more than one if a run was gone on with differently."""
         measured = (tuple(record.get(name) for name in PROTOCOL) for record in self.records if "knn_top1" in record)
         return list(dict.fromkeys(protocol for protocol in measured if all(_is_number(part) for part in protocol)))
 
 
-def compare(runs: Sequence[str | Path], out: str | Path) -> None:
-    """Write the page that compares run directories to `out`, and print a summary.
+def compare(runs: Sequence[str | Path], out: str | Path, *, group: bool = False) -> None:
+    """Write the page that compares runs to `out`, and print a summary.
+
+    Args:
+        runs: run directories, and folders below which there are some.
+        out: the page.
+        group: draw runs that differ in their seed alone as one curve, with its spread.
 
     Raises:
-        UserError: what was given is no run directory, has no metrics yet, or was given twice; `out` is no place for a
-            page.
+        UserError: what was given is no run directory and holds none, has no metrics yet, or was given twice; `out` is
+            no place for a page.
     """
     path = page_path(out)
-    found = read_runs([Path(run) for run in runs])
+    paths, waiting = expanded([Path(run) for run in runs])
+    found = read_runs(paths)
     warnings = {"loss": losses(found), "knn_top1": accuracies(found), "effective_rank": ranks(found)}
+    groups = compare_groups.grouped(found) if group else []
+    apart = [replace(g.runs[0], name=g.name, recipe=g.recipe) for g in groups]
+    said = [*filter(None, [warnings["knn_top1"], *(problem for g in groups for problem in g.problems())]), *waiting]
     text = page(
         f"{len(found)} runs compared" if len(found) > 1 else found[0].name,
-        [summary(found, [*filter(None, warnings.values())]), *options(found)],
-        charts(found, warnings),
+        [
+            *([compare_groups.summary(groups, said)] if groups else []),
+            summary(found, [*filter(None, warnings.values())]),
+            *options(apart if groups else found),
+        ],
+        charts(groups or found, warnings),
     )
     save(path, text)
-    measured = [run for run in found if run.points("knn_top1")]
-    figures = ", ".join(f"{run.name} {_accuracy(run)}" for run in measured)
-    print(f"{out}: {'1 run' if len(found) == 1 else f'{len(found)} runs'}{figures and f', kNN top-1: {figures}'}")
-    for line in filter(None, [warnings["knn_top1"], *(run.problem for run in found)]):
+    measured = [run for run in groups or found if run.points("knn_top1")]
+    figures = ", ".join(f"{run.name} {run.accuracy()}" for run in measured)
+    number = "1 run" if len(found) == 1 else f"{len(found)} runs"
+    number += f" in {len(groups)} {'group' if len(groups) == 1 else 'groups'}" if groups else ""
+    print(printable(f"{out}: {number}{figures and f', kNN top-1: {figures}'}"))
+    for line in [*said, *(run.problem for run in found if run.problem)]:
         print(printable(line))
 
 
 # ---------------------------------------------------------------- reading
+
+
+def expanded(paths: Sequence[Path]) -> tuple[list[Path], list[str]]:
+    """Each path, but for folders that hold runs: these runs; and a line for each of them that has no metrics yet."""
+    found, waiting = [], []
+    for path in paths:
+        below = run_folders(path) if path.is_dir() and not is_run(path) else []
+        found += [run for run in below if _records(run)] or [path]
+        waiting += [f"{run}: is left out, since it has no metrics yet" for run in below if not _records(run)]
+    return found, waiting
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
@@ -114,22 +153,43 @@ def _unusable(path: Path) -> str:
     if not path.is_dir():
         if path.exists():
             return f"{path}: is a file; give a run directory such as runs/NAME"
-        near = did_you_mean(path.name, (below.name for below in _runs_in(path.parent)))
+        near = did_you_mean(path.name, (below.name for below in run_folders(path.parent)))
         return f"{path}: is not there{near}; give a run directory such as runs/NAME"
     try:
         refuse_strays(path)
     except UserError as error:
         return error.lines[0]
-    if not (path / "recipe.lock.toml").is_file():
-        inside = ", ".join(str(below) for below in _runs_in(path))
-        return f"{path}: is no run directory (it has no recipe.lock.toml); give {inside or 'one such as runs/NAME'}"
+    if not is_run(path):
+        return (
+            f"{path}: is no run directory (it has no recipe.lock.toml), nor are there runs below it; give one such "
+            "as runs/NAME"
+        )
     if not _records(path):
         return f"{path}: has no metrics yet; wait for the first ones, or leave it out"
     return ""
 
 
-def _runs_in(folder: Path) -> list[Path]:
-    return sorted(lock.parent for lock in folder.glob("*/recipe.lock.toml"))
+def is_run(path: Path) -> bool:
+    """Whether a folder is the directory of a run."""
+    return (path / "recipe.lock.toml").is_file()
+
+
+def run_folders(folder: Path, wanted: Callable[[Path], bool] = is_run) -> list[Path]:
+    """A folder, if it is a run's, or the directories of runs below it, at any depth, in the order of their names; links
+    are not followed."""
+    found = []
+    for place, folders, _ in os.walk(folder):
+        if wanted(Path(place)):
+            found.append(Path(place))
+            folders.clear()
+        folders[:] = [name for name in folders if not name.startswith(".")]
+    return sorted(found, key=lambda path: [natural(part) for part in path.parts])
+
+
+def natural(text: str) -> list[tuple[int, float, str]]:
+    """A key that sorts seed-10 behind seed-9, and lr=0.1 behind lr=0.03."""
+    parts = re.split(r"([0-9]+(?:[.][0-9]+)?(?:e[+-]?[0-9]{1,3})?)", text)
+    return [(0, float(part), part) if place % 2 else (1, 0.0, part) for place, part in enumerate(parts)]
 
 
 def _records(path: Path) -> list[dict[str, Any]]:
@@ -155,7 +215,7 @@ def read_run(path: Path, name: str) -> Run:
     except SslkitError as error:  # its plugin may be gone, or an option renamed: its curves are still worth seeing
         problem = f"{name}: its recipe cannot be read here: {error.lines[0]}"
     data = read_json(path / "env.json").get("data_fingerprint")
-    return Run(name, _records(path), read_json(path / "status.json"), data, recipe, problem)
+    return Run(name, _records(path), read_json(path / "status.json"), data, recipe, problem, path.resolve())
 
 
 def names(places: Sequence[Path]) -> list[str]:
@@ -202,7 +262,7 @@ def summary(runs: Sequence[Run], warnings: Iterable[str] = ()) -> Table:
             f"{max(run.records[-1]['step'], run.status.get('step', 0))} of {run.status.get('of', ABSENT)}",
             str(run.status.get("status", ABSENT)),
             _from_to(run.points("loss"), ".4f"),
-            _accuracy(run),
+            run.accuracy(),
             "; ".join(protocols) or ABSENT,
             f"{rank[-1][1]:.1f}" if rank else ABSENT,
             _from_to(run.points("tau"), ".6g"),
@@ -213,15 +273,6 @@ def summary(runs: Sequence[Run], warnings: Iterable[str] = ()) -> Table:
 
 def _from_to(points: Sequence[tuple[int, float]], form: str) -> str:
     return f"{points[0][1]:{form}} → {points[-1][1]:{form}}" if points else ABSENT
-
-
-def _accuracy(run: Run) -> str:
-    """The random network's and the last one; neither stands in for the other."""
-    points = run.points("knn_top1")
-    if not points:
-        return ABSENT
-    (begun, first), (reached, last) = points[0], points[-1]
-    return f"{ABSENT if begun else f'{first:.4f}'} → {f'{last:.4f}' if reached else ABSENT}"
 
 
 def options(runs: Sequence[Run]) -> list[Table]:
@@ -291,7 +342,7 @@ def _differing(runs: Iterable[Run], *slots: str) -> str:
 # ---------------------------------------------------------------- curves
 
 
-def charts(runs: Sequence[Run], warnings: Mapping[str, str]) -> list[Chart]:
+def charts(runs: Sequence[Run] | Sequence[Group], warnings: Mapping[str, str]) -> list[Chart]:
     """A chart for each drawn metric that some run recorded."""
     drawn = []
     keys = dict.fromkeys(key for run in runs for record in run.records for key in record if key.startswith("loss."))

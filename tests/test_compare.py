@@ -11,7 +11,21 @@ from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit.compare import ABSENT, DRAWN, PROTOCOL, Run, accuracies, charts, compare, losses, names, options, ranks
+from sslkit.compare import (
+    ABSENT,
+    DRAWN,
+    PROTOCOL,
+    Run,
+    accuracies,
+    charts,
+    compare,
+    expanded,
+    losses,
+    names,
+    natural,
+    options,
+    ranks,
+)
 from sslkit.compare import read_runs as read
 from sslkit.compare import summary as summary_of
 from sslkit.errors import UserError
@@ -142,11 +156,20 @@ def test_a_file_is_no_run(made: Made) -> None:
     assert "is a file; give a run directory" in refused(made("run") / "metrics.jsonl")
 
 
-def test_a_folder_of_runs_names_those_in_it(made: Made, tmp_path: Path) -> None:
-    made("runs/a")
-    made("runs/b")
-    said = refused(tmp_path / "runs")
-    assert f"no run directory (it has no recipe.lock.toml); give {tmp_path}/runs/a, {tmp_path}/runs/b" in said
+def test_a_folder_stands_for_the_runs_below_it(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    paths = [made(f"runs/{name}") for name in ("b", "a/seed-10", "a/seed-9", ".hidden/c", "b/checkpoints/d")]
+    assert expanded([tmp_path / "runs", tmp_path / "none"]) == ([paths[2], paths[1], paths[0], tmp_path / "none"], [])
+    young = made("runs/young", records=[])
+    compare([tmp_path / "runs"], tmp_path / "compare.html")
+    said = capsys.readouterr().out
+    assert f"{young}: is left out, since it has no metrics yet" in said
+    assert "3 runs, kNN top-1: seed-9 0.2500" in said
+    assert f"{paths[0]}: is given twice" in refused(*expanded([tmp_path / "runs", paths[0]])[0])
+
+
+def test_numbers_sort_by_what_they_are() -> None:
+    wanted = ["a-1e-05", "a-0.03", "a-0.1", "a-1", "a-9", "a-10", "b", "b-1"]
+    assert sorted(wanted[::-1], key=natural) == wanted
 
 
 def test_a_folder_without_runs_says_what_one_looks_like(tmp_path: Path) -> None:
