@@ -13,6 +13,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -78,6 +79,21 @@ def embed(
     """  # fmt: skip
     path = output(Path(out).expanduser())
     opened = open_run(run_dir, branch, checkpoint, allow_local_code=allow_local_code)
+    return embed_with(opened, folder, path, batch=batch, workers=workers, device=device, restart=restart, tell=tell)
+
+
+def embed_with(
+    opened: OpenedRun,
+    folder: str | PathLike[str],
+    path: Path,
+    *,
+    batch: int = 256,
+    workers: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    restart: bool = False,
+    tell: Callable[[str], None] = lambda text: None,
+) -> Embedded:
+    """As `embed`, with a run that was opened."""
     where = choose_device(device)
     reader = reader_of(opened)
     found = find(folder, reader.suffixes)
@@ -102,7 +118,7 @@ def embed(
                         f"{spoken().again} goes on from it") from error  # fmt: skip
     parts.remove()
     done = Embedded(path, facts, rows, left_out, anew=True)
-    tell(f"{path}: {rows} images, {facts['feature_dim']} numbers each")
+    tell(f"{path}: {rows:,} images, {facts['feature_dim']} numbers each")
     if left_out:
         named = ", ".join(f"{bad['path']} ({bad['problem']})" for bad in left_out[:FEW])
         more = f" and {len(left_out) - FEW} more" if len(left_out) > FEW else ""
@@ -122,7 +138,11 @@ def _compute(
     number = sum(len(parts.ranges[part]) for part in missing)
     batches = [batch for part in missing for batch in parts.batches(part)]
     began, waited, gathered = time.monotonic(), 0.0, Rows()
-    with _progress(number) as advance, contextlib.closing(portions(reader, found, batches, workers)) as read:
+    with (
+        repeatable(),
+        _progress(number) as advance,
+        contextlib.closing(portions(reader, found, batches, workers)) as read,
+    ):
         for part in missing:
             for _ in parts.batches(part):
                 asked = time.monotonic()
@@ -141,9 +161,22 @@ def _compute(
             gathered = Rows()
     seconds = max(time.monotonic() - began, 1e-3)
     return (
-        f"{number} files in {seconds:.1f} s: {number / seconds:.0f} a second, {waited / seconds:.0%} of the time "
+        f"{number:,} files in {seconds:.1f} s: {number / seconds:,.0f} a second, {waited / seconds:.0%} of the time "
         "waiting for them to be read"
     )
+
+
+@contextlib.contextmanager
+def repeatable() -> Iterator[None]:
+    """A GPU computes the same every time, and in float32: TF32 keeps 10 bits of the fraction."""
+    kept = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark, torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = kept[:2]
+        torch.backends.cudnn.allow_tf32 = kept[2]
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def _schema(feature_dim: int) -> pa.Schema:
 
 def facts_of(opened: OpenedRun, found: Found, batch: int, device: str) -> dict[str, Any]:
     """What the metadata of an output says, besides how many images were left out."""
-    info, files = opened.info, hashlib.sha256()
+    info, files, same = opened.info, hashlib.sha256(), preparation(opened)
     for name, state in zip(found.names, found.states, strict=True):
         files.update(f"{name!r} {state}\n".encode())
     straight = normalisation(opened.views, (info.channels, info.image_size, info.image_size))
@@ -109,13 +109,20 @@ def facts_of(opened: OpenedRun, found: Found, batch: int, device: str) -> dict[s
     return {
         "format": FORMAT, "run": str(opened.run.absolute()), "recipe": opened.tables.get("name"),
         "recipe_hash": opened.facts.get("recipe_hash"), "step": opened.step, "branch": opened.branch,
-        "layer": "backbone", "weights": opened.weights, "feature_dim": int(cast(int, opened.backbone.feature_dim)),
-        "size": info.image_size, "channels": info.channels, "reading": reading(opened),
-        "view_generator": json.loads(json.dumps(opened.tables["view_generator"], default=str)),
+        "layer": "backbone", "feature_dim": int(cast(int, opened.backbone.feature_dim)), "channels": info.channels,
+        **same,
         "mean": None if mean is None else [round(float(value), 6) for value in mean.flatten()],
         "std": None if std is None else [round(float(value), 6) for value in std.flatten()],
         "folder": str(found.root.absolute()), "images": len(found.names), "files": files.hexdigest(), "batch": batch,
         "device": device, "sslkit": sslkit.__version__, "torch": torch.__version__,
+    }  # fmt: skip
+
+
+def preparation(opened: OpenedRun) -> dict[str, Any]:
+    """What an image's features follow from: the weights, and how pixels come from its file and go to the network."""
+    return {
+        "weights": opened.weights, "size": opened.info.image_size, "reading": reading(opened),
+        "view_generator": json.loads(json.dumps(opened.tables["view_generator"], default=str)),
     }  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class OpenedRun:
     """What the run's components were told, on the CPU."""
     spec: Backbone
     backbone: nn.Module
-    """On the CPU, in training mode, with the checkpoint's weights."""
+    """On the CPU, in training mode, with the checkpoint's weights. An encoder that is made of it takes it over."""
     views: ViewMaker
     weights: str
     """SHA-256 over the backbone's tensors, by name, type, shape and value."""
@@ -198,12 +198,15 @@ def _lock(run: Path) -> tuple[dict[str, Any], Path]:
     refuse_strays(run)
     try:
         tables: dict[str, Any] = local.anchored(tomllib.loads(path.read_text(encoding="utf-8")), run)
-        return tables, path
     except FileNotFoundError:
         problem = "is not there" if not run.exists() else "is no run directory (it has no recipe.lock.toml)"
         raise UserError(f"{run}: {problem}; give one such as runs/NAME") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
+    for name in ("backbone", "view_generator", "projector", "train"):
+        if not isinstance(tables.get(name, {}), dict):
+            raise UserError(f"{path}: {name}: should be a table; it was changed since the run wrote it")
+    return tables, path
 
 
 def _chosen(run: Path, checkpoint: str | int) -> Path:

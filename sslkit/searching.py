@@ -2,10 +2,256 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import base64
+import hashlib
+import io
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from html import escape
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from sslkit import page
+from sslkit.api import FileReader
+from sslkit.build import choose_device
+from sslkit.data import cache_folder
+from sslkit.embedding import embed_with, repeatable
+from sslkit.encoder import encoder_of
+from sslkit.errors import RunFailed, UserError, printable
+from sslkit.feature_files import FORMAT, preparation, recorded
+from sslkit.image_files import reader_of
+from sslkit.opened_run import Branch, OpenedRun, open_run
+
+SIDE = 160
+"""Of a picture on the page, in pixels."""
 
 
-def command(run: str, queries: Sequence[str], folder: str, **how: Any) -> None:
+@dataclass(frozen=True)
+class Neighbour:
+    """An image that is near to a query."""
+
+    path: str
+    """Below the folder."""
+    cosine: float
+    """Of the two features, -1..1."""
+    same_bytes: bool
+    """Whether its file is the query's, or a copy of it."""
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """What was found for one query."""
+
+    query: str
+    neighbours: Sequence[Neighbour]
+    """The nearest first."""
+    median_cosine: float
+    """Over all images of the folder: what a cosine of these features is worth."""
+
+
+def command(
+    run: str, queries: Sequence[str], folder: str, *, out: str, neighbours: int, branch: Branch,
+    checkpoint: Literal["last", "best"] | int, device: Literal["auto", "cpu", "cuda"], as_json: bool,
+) -> None:  # fmt: skip
     """What the command does; its options are in `sslkit.cli_use`."""
-    raise NotImplementedError
+
+    def tell(text: str) -> None:
+        print(printable(text), file=sys.stderr if as_json else sys.stdout)
+
+    found = search(
+        run, queries, folder, branch, checkpoint, neighbours=neighbours, device=device, out=None if as_json else out,
+        tell=tell,
+    )  # fmt: skip
+    if as_json:
+        print(json.dumps([asdict(nearest) for nearest in found], indent=2))
+
+
+def search(
+    run_dir: str | PathLike[str],
+    queries: Sequence[str | PathLike[str]],
+    folder: str | PathLike[str],
+    branch: Branch = "evaluated",
+    checkpoint: Literal["last", "best"] | int = "last",
+    *,
+    neighbours: int = 24,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+    workers: int | None = None,
+    out: str | PathLike[str] | None = None,
+    tell: Callable[[str], None] = lambda text: None,
+    allow_local_code: bool = False,
+) -> list[Nearest]:
+    """The images below a folder whose features have the greatest cosine with those of each query.
+
+    The folder's features are kept in `$SSLKIT_DATA/features`, and computed anew when a file or the weights changed.
+
+    Args:
+        run_dir: The run whose encoder is used.
+        queries: Image files, in the folder or not.
+        folder: Images at any depth, or a file that `embed` wrote with the same weights.
+        branch, checkpoint, allow_local_code: As `open_run` takes them.
+        neighbours: How many for each query.
+        device: Where to compute; `auto` is CUDA where there is a device.
+        workers: Threads that read files; without it one for each core.
+        out: A page to write, which ends in `.html`; it is overwritten.
+        tell: Told what is worth a line.
+
+    Returns:
+        What was found for each query, in their order.
+
+    Raises:
+        UserError: a query or all of the folder cannot be read, or the file is of other weights.
+        RunFailed: as `embed`.
+    """  # fmt: skip
+    shown = None if out is None else page.page_path(fspath(out))
+    named = [fspath(query) for query in ([queries] if isinstance(queries, str | PathLike) else queries)]
+    opened = open_run(run_dir, branch, checkpoint, allow_local_code=allow_local_code)
+    features, digests = _asked(opened, named, device)
+    file, facts = _bank(opened, Path(folder).expanduser(), workers, device, tell)
+    found = _nearest(file, features, named, digests, neighbours)
+    if shown is not None:
+        root = Path(facts["folder"])
+        page.save(shown, _document(opened, facts, found, root, reader_of(opened, SIDE)))
+        each = f"{len(found[0].neighbours)} nearest of {facts['rows']:,} images"
+        tell(f"{shown}: the {each} for {len(named)} {'query' if len(named) == 1 else 'queries'}")
+    return found
+
+
+def _asked(
+    opened: OpenedRun, queries: Sequence[str], device: Literal["auto", "cpu", "cuda"]
+) -> tuple[Tensor, list[str]]:
+    """Features float32 `[Q, D]` of the queries, and the SHA-256 of their files.
+
+    Raises:
+        UserError: one line for each that cannot be read.
+    """
+    reader, wrong, pixels, digests = reader_of(opened), [], [], []
+    for query in queries:
+        try:
+            image, digest = reader.read(Path(query).expanduser())
+        except UserError as error:
+            wrong.append(f"{query}: {error}")
+        else:
+            pixels.append(image)
+            digests.append(digest)
+    if wrong:
+        raise UserError(*wrong)
+    encoder = encoder_of(opened).to(choose_device(device))
+    with repeatable():
+        return encoder.features(torch.stack(pixels), 256), digests
+
+
+def _bank(
+    opened: OpenedRun, folder: Path, workers: int | None, device: Literal["auto", "cpu", "cuda"],
+    tell: Callable[[str], None],
+) -> tuple[Path, Mapping[str, Any]]:  # fmt: skip
+    """The file of the folder's features, and what it says of itself."""
+    own = preparation(opened)
+    if folder.suffix == ".parquet" and folder.is_file():
+        facts = recorded(folder)
+        if facts is None:
+            raise UserError(f"{folder}: holds no features that sslkit wrote; give a folder of images")
+        if any(facts.get(key) != value for key, value in own.items()):
+            raise UserError(f"{folder}: holds features of other weights or another preparation ({facts['run']}, "
+                            f"{facts['branch']}, step {facts['step']}); give the folder of images")  # fmt: skip
+        return folder, facts
+    # Where it is told by what it is of, and replaced when files have changed.
+    key = hashlib.sha256(json.dumps([FORMAT, str(folder.resolve()), own], sort_keys=True).encode()).hexdigest()[:16]
+    file = cache_folder() / "features" / f"{key}.parquet"
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.exists() and recorded(file) is None:
+            file.unlink()
+    except OSError as error:
+        raise RunFailed(f"{file}: cannot be written: {error.strerror}; set SSLKIT_DATA to a folder that can") from None
+    done = embed_with(opened, folder, file, workers=workers, device=device, restart=True, tell=tell)
+    return file, {**done.facts, "rows": done.rows}
+
+
+def _nearest(
+    file: Path, features: Tensor, queries: Sequence[str], digests: Sequence[str], neighbours: int
+) -> list[Nearest]:
+    wanted = F.normalize(features, dim=1)
+    parts = []
+    with pq.ParquetFile(file) as bank:
+        for group in range(bank.num_row_groups):  # not at once: features may be larger than memory
+            column = bank.read_row_group(group, columns=["feature"]).column(0).combine_chunks()
+            rows = torch.from_numpy(column.flatten().to_numpy().copy()).view(-1, features.shape[1])
+            parts.append(F.normalize(rows, dim=1) @ wanted.T)
+    cosines = torch.cat(parts).clamp_(-1, 1)  # of equal features it may be a rounding above
+    order = cosines.sort(dim=0, descending=True, stable=True).indices[:neighbours]  # equals in the order of their names
+    known = pq.read_table(file, columns=["path", "sha256"])
+    found = []
+    for number, (query, digest) in enumerate(zip(queries, digests, strict=True)):
+        near = known.take(pa.array(order[:, number].numpy())).to_pylist()
+        values = cosines[order[:, number], number].tolist()
+        listed = [Neighbour(n["path"], c, n["sha256"] == digest) for n, c in zip(near, values, strict=True)]
+        found.append(Nearest(query, listed, float(cosines[:, number].median())))
+    return found
+
+
+# ---------------------------------------------------------------- the page
+
+STYLE = """
+.near { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fill, minmax(8rem, 1fr)); }
+.near figure { margin: 0; min-width: 0; font-size: .85rem; }
+.near figcaption strong { display: block; }
+.near img, .near .none { display: block; width: 100%; height: auto; aspect-ratio: 1; border-radius: .3rem;
+  border: 1px solid var(--line); padding: 0; }
+.near .none { padding: .5rem; color: var(--soft); overflow: hidden; }
+.near figcaption { color: var(--soft); } .near figcaption strong { color: var(--ink); font-weight: 500; }
+.near .query img { border: 3px solid var(--ink); }
+"""
+
+
+def _document(
+    opened: OpenedRun, facts: Mapping[str, Any], found: Sequence[Nearest], root: Path, reader: FileReader
+) -> str:
+    text = (
+        f"By the cosine of features, among {facts['rows']:,} images below {root}. The features are of the "
+        f"{opened.branch} network of {opened.run} at step {opened.step}. A picture is the central square of its file, "
+        "as the network is given it, but not as small."
+    )
+    body = ["<h1>Nearest images</h1>", f"<p>{_text(text)}</p>"]
+    for nearest in found:
+        body += [
+            f"<h2>{_text(nearest.query)}</h2>",
+            f"<p>The median cosine of this query with all images is {nearest.median_cosine:.3f}.</p>",
+            '<div class="near">',
+            _figure(Path(nearest.query).expanduser(), nearest.query, "query", reader, "query"),
+        ]
+        for near in nearest.neighbours:
+            said = f"{near.cosine:.3f}{', the same bytes' if near.same_bytes else ''}"
+            body.append(_figure(root / near.path, near.path, said, reader))
+        body.append("</div>")
+    return page.document("Nearest images", body, styles=[STYLE])
+
+
+def _figure(file: Path, name: str, said: str, reader: FileReader, kind: str = "found") -> str:
+    try:
+        picture = f'<img src="{_picture(reader.read(file)[0])}" alt="{_text(name)}">'
+    except UserError as error:
+        picture = f'<span class="none">{_text(f"no picture: the file {error}")}</span>'
+    return f'<figure class="{kind}">{picture}<figcaption><strong>{said}</strong> {_text(name)}</figcaption></figure>'
+
+
+def _picture(pixels: Tensor) -> str:
+    """uint8 `[C, h, w]` as an address that carries the picture: three bands as colours, one as grey."""
+    bands = pixels[:3] if len(pixels) >= 3 else pixels[:1]
+    values = bands.permute(1, 2, 0).contiguous().numpy()
+    file = io.BytesIO()
+    Image.fromarray(values if len(bands) == 3 else values[..., 0]).save(file, "JPEG", quality=85)
+    return "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+def _text(text: str) -> str:
+    return escape(printable(text))
