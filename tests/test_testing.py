@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 import textwrap
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "backbone.timm": {"model": "test_resnet"},
     "data_source.folder": {"root": "FOLDER", "size": 12},
     "data_source.parquet": {"path": "FOLDER/train.parquet"},
+    "data_source.webdataset": {"path": "FOLDER/train.tar", "size": 12},
     "data_source.digits": {"prints": 1, "test_prints": 1},
     "head.dino": {"hidden_dim": 16, "bottleneck_dim": 8, "out_dim": 8},
     "data_source.subset": {"of": {"use": "digits", "prints": 1, "test_prints": 1}, "images": 100},
@@ -79,7 +81,7 @@ def component(provider: registry.Provider, folder: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve pictures of two classes, as files and as Parquet."""
+    """Twelve pictures of two classes, as files, as Parquet, and in a tar archive."""
     folder = tmp_path_factory.mktemp("pictures")
     rows = []
     for number in range(12):
@@ -89,6 +91,9 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
         Image.fromarray(noise).save(path)
         rows.append({"image": {"bytes": path.read_bytes(), "path": path.name}, "label": number % 2})
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
+    with tarfile.open(folder / "train.tar", "w") as tar:
+        for path in sorted((folder / "train").rglob("*.png")):
+            tar.add(path, path.name)
     return folder
 
 

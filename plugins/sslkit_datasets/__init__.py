@@ -16,7 +16,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, Posit
 
 from sslkit.api import DataInfo, DataSource, FileReader, ImageSet, Incidental, Look, slot
 
-__all__ = ["CIFAR10", "Digits", "Folder", "Parquet", "Subset"]
+__all__ = ["CIFAR10", "Digits", "Folder", "Parquet", "Subset", "WebDataset"]
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -148,6 +148,61 @@ class Parquet(DataSource):
         from sslkit_datasets.parquet import open_parquet
 
         return open_parquet(self, info)
+
+
+class WebDataset(DataSource):
+    """Images in tar shards of the WebDataset format, read where they lie and never unpacked.
+
+    Members beside one another whose names agree up to the first dot are one sample: `000017.jpg` and `000017.cls`.
+    The shards are indexed once, which needs their headers alone; the index and what the check of all images found are
+    remembered in the cache folder for as long as no shard changes. Each image is then read from its place in its
+    shard, so the order of an epoch is a shuffle of all images, and a resumed run goes on at the very image. Views are
+    cut from the images with their own sides. Nothing in a shard is run or unpickled, no name in it is used as a path,
+    and links, devices and sparse members are passed over. Compressed shards (`.tar.gz`) cannot be read from the middle
+    and are refused.
+
+    Format: Aizman, Maltby and Breuel, "High Performance I/O For Large Scale Deep Learning" (2019), arXiv:2001.01858.
+    """
+
+    path: Annotated[str, Incidental]
+    """A file, a glob, a range such as `data/train-{000000..000146}.tar`, or a folder; relative to the working
+    directory. In a folder, `train*.tar` is the training set and `test*.tar` or `val*.tar` the test set; a folder
+    without `train*.tar` is a training set altogether."""
+    size: PositiveInt
+    """Side of the squares that are measured, in pixels: each image's largest central square, resized."""
+    test_path: Annotated[str | None, Incidental] = None
+    """File, glob, range or folder of the test images, if they do not lie beside the training images."""
+    image: tuple[str, ...] = ("jpg", "jpeg", "png", "webp")
+    """Extensions of the images: what follows the first dot of a member's name. A sample without any counts as broken,
+    one with two is an error."""
+    label: Annotated[str, Field(pattern=r"^(none|[^.:]+|json:.+)$")] = "cls"
+    """Where the label is: the extension of a member that holds a number or a name, or `json:KEY` for a key of the
+    member `.json`. Names are numbered in their sorted order. `"none"` reads none."""
+    hold_out: Annotated[Share | None, _unless(0.0)] = None
+    """This share of each class becomes the test set and is not trained on; of all images where there are no classes.
+    Which ones follows from the files' bytes alone, and files with the same bytes stay together."""
+    window: PositiveInt | None = None
+    """Without it, an epoch is a shuffle of all images, each read by itself: for shards on an SSD. With it, shards are
+    read in pieces of 16 MiB, one after the other, and an image changes places with those up to `window` images away:
+    for disks and network drives."""
+    cache_gb: Annotated[PositiveFloat, Incidental] = 4.0
+    """With `window`, the pieces that are held at most, in gigabytes (10^9 bytes). A window that does not fit is
+    refused."""
+    channels: Literal[1, 3] = 3
+    """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601)."""
+    check: Check = None
+    """`"headers"`: opening reads the header of each image only. An image that then cannot be decoded ends the run, and
+    the data set is known by the length and the first 64 KiB of each image. Without it, or with `"full"`, every image
+    is decoded once."""
+    max_bad: Annotated[Fraction, Incidental] = 0.001
+    """Largest share of either set that may be unreadable; above it the run stops."""
+    workers: Annotated[PositiveInt | None, Incidental] = None
+    """Threads that decode; without it, one per CPU core."""
+
+    def build(self, info: DataInfo) -> ImageSet:
+        from sslkit_datasets.webdataset import open_webdataset
+
+        return open_webdataset(self, info)
 
 
 class Digits(DataSource):

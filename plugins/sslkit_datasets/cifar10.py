@@ -26,6 +26,7 @@ from sslkit.api import DataInfo
 from sslkit.errors import UserError
 from sslkit_datasets import parquet
 from sslkit_datasets.images import Fingerprint, InMemory, Opened, progress, shown
+from sslkit_datasets.shards import in_folder
 
 if TYPE_CHECKING:
     from sslkit_datasets import CIFAR10
@@ -196,7 +197,7 @@ def _again(place: Path) -> str:
 
 
 def _read_parquet(root: Path, info: DataInfo) -> Opened:
-    train, test = parquet.in_folder(root, "root")
+    train, test = in_folder(root, "root", ".parquet")
     opened = parquet.read_sets(train, test, parquet.Options(advice="; the files are damaged"), info)
     tensor, labels = opened.train.tensor, opened.train.labels
     if tensor is None or tensor.shape[1:] != (3, 32, 32):

@@ -13,26 +13,24 @@ import PIL
 import torch
 from torch import Tensor
 
-from sslkit.api import DataInfo, Images
+from sslkit.api import DataInfo
 from sslkit.errors import UserError
-from sslkit_datasets.holding_out import held_out, refuse_second
 from sslkit_datasets.images import (
     Finding,
     Fingerprint,
-    InMemory,
     Opened,
     Store,
     cores,
     kind_of,
     shown,
-    sift,
     state_of,
     survey,
     tell_left_out,
 )
 from sslkit_datasets.preparing import Preparation
-from sslkit_datasets.reading import Files, Names, OnDemand
-from sslkit_datasets.records import remembered
+from sslkit_datasets.reading import Files, Names
+from sslkit_datasets.records import remembered_findings
+from sslkit_datasets.sets import Examined, Reading, digests_of, opened
 
 if TYPE_CHECKING:
     from sslkit_datasets import Folder
@@ -87,63 +85,38 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
     fingerprint = Fingerprint(
         source="folder", **prepared.facts(), **{key: value for key, value in chosen.items() if value is not None}
     )
-    sets: dict[str, Images] = {}
-    bad: list[dict[str, str]] = []
+    sets: dict[str, Examined] = {}
     for which, listing in listings.items():
         store = Store(len(listing.names), float("inf")) if in_memory else None
         states = [state_of(file) for file in listing.files]
         findings = _examined(prepared, info, listing, states, store, workers, which)
-        good, left_out = sift(
-            [f.problem for f in findings],
-            lambda i, listing=listing: shown(listing.root / listing.names[i]),  # type: ignore[misc]
-            which=which,
-            max_bad=spec.max_bad,
-            advice=", or raise data_source.max_bad",
-        )
-        bad += left_out
         fingerprint.add(which)
         for name, finding in zip(listing.names, findings, strict=True):
             fingerprint.add(name, finding.digest, finding.problem is None)
-        found = _Found(listing, findings, states, listing.labels(classes), store)
-        if spec.hold_out is None:
-            sets[which] = found.images(good, prepared, workers, spec.memory_limit_gb)
-            continue
-        labels = None if found.labels is None else found.labels[good]
-        rows, held = held_out([findings[i].digest for i in good], labels, spec.hold_out)
-        keep = (prepared, workers, spec.memory_limit_gb)
-        sets["test"] = found.images([good[i] for i in held], *keep, copy=True)
-        sets["training"] = found.images([good[i] for i in rows], *keep)
-    tell_left_out(info.say, bad, total)
+        sets[which] = _set(listing, findings, states, listing.labels(classes), store, prepared)
     names = None if classes is None else tuple(shown(name) for name in classes)
-    return Opened(sets["training"], sets.get("test"), names, fingerprint.hexdigest(), bad)
+    reading = Reading(prepared, workers, spec.memory_limit_gb)
+    found = opened(sets, reading, spec, names, fingerprint.hexdigest())
+    tell_left_out(info.say, found.bad, total)
+    return found
 
 
-@dataclass(frozen=True)
-class _Found:
-    """The files of one listing, and what is known of each."""
+def _set(
+    listing: Listing,
+    findings: Sequence[Finding],
+    states: Sequence[tuple[int, int]],
+    labels: Tensor | None,
+    store: Store | None,
+    prepared: Preparation,
+) -> Examined:
+    def files(rows: Sequence[int]) -> Names:
+        return Names(listing.root, [listing.names[i] for i in rows])
 
-    listing: Listing
-    findings: Sequence[Finding]
-    states: Sequence[tuple[int, int]]
-    labels: Tensor | None
-    store: Store | None
+    def part(rows: Sequence[int]) -> Files:
+        known = np.array([states[i] for i in rows], np.int64)
+        return Files(files(rows), prepared, digests_of(findings, rows), known)
 
-    def images(
-        self, rows: Sequence[int], prepared: Preparation, workers: int, keep_gb: float, *, copy: bool = False
-    ) -> Images:
-        """The images at these rows. Those of a store are moved together in place unless they are copied."""
-        labels = None if self.labels is None else self.labels[list(rows)]
-        files = Names(self.listing.root, [self.listing.names[i] for i in rows])
-        if self.store is not None:
-            tensor = self.store.copied(rows) if copy else self.store.kept(rows)
-            return InMemory(tensor, labels, files)
-        findings = [self.findings[i] for i in rows]
-        digests = np.frombuffer(b"".join(f.digest for f in findings), np.uint8).reshape(-1, 32)
-        encoded = Files(files, prepared, digests, np.array([self.states[i] for i in rows], np.int64))
-        if not prepared.original:
-            return OnDemand(encoded, prepared, workers, labels)
-        sizes = torch.tensor([(f.height, f.width) for f in findings], dtype=torch.int32)
-        return OnDemand(encoded, prepared, workers, labels, sizes, keep_gb)
+    return Examined(findings, lambda i: shown(listing.root / listing.names[i]), labels, part, files, store)
 
 
 # ---------------------------------------------------------------- which files
@@ -169,7 +142,10 @@ def list_sets(spec: Folder, info: DataInfo) -> dict[str, Listing]:
     listings = {"training": list_images(train_root, info, classes=spec.classes != "none")}
     if test_root is not None:
         if spec.hold_out is not None:
-            raise refuse_second(shown(test_root))
+            raise UserError(
+                f"data_source.hold_out: there are test images already ({shown(test_root)}); leave hold_out out, or "
+                "name the folder of the training images as root"
+            )
         listings["test"] = list_images(test_root, info, classes=spec.classes != "none")
         _compare(listings["training"], listings["test"])
     return listings
@@ -319,7 +295,9 @@ def _examined(
 
     if store is not None:
         return examine()
-    return remembered(info.cache / "checked" / f"{_state(prepared, listing, states)}.json", len(files), examine)
+    return remembered_findings(
+        info.cache / "checked" / f"{_state(prepared, listing, states)}.json", len(files), examine
+    )
 
 
 def _state(prepared: Preparation, listing: Listing, states: Sequence[tuple[int, int]]) -> str:

@@ -49,11 +49,3 @@ def held_out(digests: Sequence[bytes], labels: Tensor | None, share: float) -> t
             "data_source.hold_out: no class has two images that differ, so none can be held out; leave hold_out out"
         )
     return [i for i in range(len(digests)) if i not in chosen], sorted(chosen)
-
-
-def refuse_second(option: str) -> UserError:
-    """Why nothing is held out where there are test images."""
-    return UserError(
-        f"data_source.hold_out: there are test images already ({option}); leave hold_out out, or name the training "
-        "images alone"
-    )

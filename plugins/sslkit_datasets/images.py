@@ -30,9 +30,10 @@ from sslkit.errors import UserError, printable
 from sslkit_datasets.decode import BadImageError, Pixels
 from sslkit_datasets.headers import sides
 from sslkit_datasets.preparing import HEAD, Preparation, digest_of_head
+from sslkit_datasets.slices import Slice
 
-Item = bytes | Path | None
-"""One image as it is stored: its bytes, the file that holds them, or nothing at all."""
+Item = bytes | Path | Slice | None
+"""One image as it is stored: its bytes, the file or the part of a file that holds them, or nothing at all."""
 
 _CHUNK = 64  # images per task: small ones spend more time on the queue than in the decoder when they go one by one
 _FEW = 3
@@ -213,19 +214,22 @@ def load(item: Item) -> bytes:
     if item is None:
         raise BadImageError("has no bytes")
     try:
-        _length(item)
-        return item.read_bytes()
+        length = _length(item)
+        data = item.read() if isinstance(item, Slice) else item.read_bytes()
     except OSError as error:
         raise BadImageError(f"cannot be read: {error.strerror}") from error
+    if isinstance(item, Slice) and len(data) < length:
+        raise BadImageError("cannot be read: its archive ends before it does")
+    return data
 
 
 def _opened(item: Item) -> tuple[bytes, BinaryIO]:
     """The digest of an image's first bytes, and the image to read its header from."""
-    if not isinstance(item, Path):
+    if isinstance(item, bytes) or item is None:
         data = load(item)
         return digest_of_head(len(data), data[:HEAD]), io.BytesIO(data)
     try:
-        length, file = _length(item), item.open("rb")
+        length, file = _length(item), item.open() if isinstance(item, Slice) else item.open("rb")
         head = file.read(HEAD)
         file.seek(0)
     except OSError as error:
@@ -236,14 +240,15 @@ def _opened(item: Item) -> tuple[bytes, BinaryIO]:
     return digest_of_head(length, head), file
 
 
-def _length(file: Path) -> int:
+def _length(item: Path | Slice) -> int:
     """Bytes of a file that may be read."""
-    found = file.stat()
+    found = (item.file if isinstance(item, Slice) else item).stat()
     if not stat.S_ISREG(found.st_mode):  # a pipe would be waited for, and a device may have no end
         raise BadImageError(f"is {_kind(found.st_mode)}, not a regular file")
-    if found.st_size > _MOST_BYTES:
-        raise BadImageError(f"has {found.st_size:,} bytes, more than {_MOST_BYTES:,}")
-    return found.st_size
+    length = item.length if isinstance(item, Slice) else found.st_size
+    if length > _MOST_BYTES:
+        raise BadImageError(f"has {length:,} bytes, more than {_MOST_BYTES:,}")
+    return length
 
 
 def _kind(mode: int) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import glob
 import json
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from sslkit_datasets.images import (
     tell_left_out,
 )
 from sslkit_datasets.preparing import Preparation
+from sslkit_datasets.shards import find_files
 
 if TYPE_CHECKING:
     from sslkit_datasets import Parquet
@@ -38,7 +37,6 @@ IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels")
 _ROWS = 2048
 """Rows that are held encoded at one time."""
-_SHARD = re.compile(r"(?P<stem>.*)-(?P<number>\d{5,})-of-(?P<total>\d{5,})\.parquet")
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def open_parquet(spec: Parquet, info: DataInfo) -> Opened:
         UserError: no such files or columns, images of several sizes, labels that are no class numbers, or too many
             broken images.
     """
-    train, test = find_files(spec.path, spec.test_path)
+    train, test = find_files(spec.path, spec.test_path, ".parquet")
     options = Options(
         spec.image_column,
         spec.label_column,
@@ -112,84 +110,6 @@ def read_sets(train: Sequence[Path], test: Sequence[Path], options: Options, inf
         fingerprint.hexdigest(),
         bad,
     )
-
-
-# ---------------------------------------------------------------- which files
-
-
-def find_files(path: str, test_path: str | None) -> tuple[list[Path], list[Path]]:
-    """The files of the training set and of the test set, each in the order of their names.
-
-    Raises:
-        UserError: there are none, a shard is missing, or it is not clear which the test set is.
-    """
-    if test_path is None:
-        return _find(path, "path")
-    train, _ = _find(path, "path", alone=True)
-    alone, beside = _find(test_path, "test_path")
-    return train, beside or alone
-
-
-def _find(path: str, option: str, *, alone: bool = False) -> tuple[list[Path], list[Path]]:
-    place = Path(path).expanduser()
-    kind = kind_of(place, option)
-    if kind == "folder":
-        return in_folder(place, option, alone=alone)
-    if kind == "file":
-        return [place], []
-    if kind != "nothing":
-        raise UserError(f"data_source.{option}: {shown(place.absolute())} is {kind}; name a file, a glob or a folder")
-    found = sorted(Path(name) for name in glob.glob(str(place)) if Path(name).is_file())  # noqa: PTH207 absolute globs
-    if not found:
-        raise UserError(f"data_source.{option}: no file or folder matches {shown(place.absolute())}")
-    return whole(found), []
-
-
-def in_folder(folder: Path, option: str = "path", *, alone: bool = False) -> tuple[list[Path], list[Path]]:
-    """Training files of a folder, and the test files beside them.
-
-    Without files named `train*`, all files are training files, unless the folder is that of the test images.
-    `alone` does not look for test files.
-
-    Raises:
-        UserError: as `find_files`.
-    """
-    files = sorted(file for file in folder.glob("*.parquet") if not file.name.startswith("."))
-    if not files:
-        raise UserError(f"data_source.{option}: {shown(folder.absolute())} holds no .parquet files")
-    train = [file for file in files if file.name.startswith("train")]
-    if alone or (not train and option == "path"):
-        return whole(train or files), []
-    test = [file for file in files if file.name.startswith("test")]
-    validation = [file for file in files if file.name.startswith("val")]
-    if test and validation:
-        raise UserError(
-            f"data_source.{option}: {shown(folder.absolute())} holds both test and validation files; name the ones to "
-            "measure on as test_path, for example with a glob"
-        )
-    return whole(train or files), whole(test or validation)
-
-
-def whole(files: list[Path]) -> list[Path]:
-    """The same files, if no shard of a numbered series is missing.
-
-    Raises:
-        UserError: one is.
-    """
-    series: dict[tuple[Path, str, int], set[int]] = {}
-    for file in files:
-        if match := _SHARD.fullmatch(file.name):
-            key = (file.parent, match["stem"], int(match["total"]))
-            series.setdefault(key, set()).add(int(match["number"]))
-    for (parent, stem, total), numbers in series.items():
-        missing = sorted(set(range(total)) - numbers)
-        if missing:
-            raise UserError(
-                f"{len(missing)} of {total} shards are missing in {shown(parent)}: {shown(stem)}-{missing[0]:05d}-of-"
-                f"{total:05d}.parquet{' and others' if len(missing) > 1 else ''}; download the rest, or give a glob or "
-                "a file that is not numbered"
-            )
-    return files
 
 
 # ---------------------------------------------------------------- what the rows hold

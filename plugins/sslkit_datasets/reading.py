@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, overload
+from typing import Any, Protocol, cast, overload
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from sslkit.errors import RunFailed
 from sslkit_datasets.decode import BadImageError, Pixels
 from sslkit_datasets.images import load, shown, state_of
+from sslkit_datasets.order import sampled, windowed
 from sslkit_datasets.preparing import Preparation
 
 
@@ -172,6 +173,32 @@ class OnDemand:
             )
             raise RunFailed(f"{self.encoded.name(index)} {error}; {since}") from error
         return image
+
+
+class Grouped(Encoded, Protocol):
+    """Images that are read a block at a time."""
+
+    blocks: Tensor
+    """int64 `[N]`, not descending: the block that each image lies in."""
+
+
+@dataclass
+class Streamed(OnDemand):
+    """Images that lie in blocks, read one block after another (`sslkit.api.Ordered`)."""
+
+    window: int = 1
+
+    def order(self, generator: torch.Generator) -> Tensor:
+        """As `Ordered.order`."""
+        return windowed(self._blocks, self.window, generator)
+
+    def sample(self, n: int) -> Tensor:
+        """As `Ordered.sample`."""
+        return sampled(self._blocks, n)
+
+    @property
+    def _blocks(self) -> Tensor:
+        return cast("Grouped", self.encoded).blocks
 
 
 class _Kept:
