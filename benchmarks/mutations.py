@@ -110,9 +110,19 @@ MUTATIONS = [
     ),
     Mutation(
         "views are drawn from one generator", "sslkit/data.py",
-        'parameters = self.views.draw(len(indices), randomness.generator(self.run.seed, "views", step))',
+        'drawn = self.viewing.draw(indices, randomness.generator(self.run.seed, "views", step))',
         "self.stream = getattr(self, 'stream', torch.Generator().manual_seed(0))\n"
-        "        parameters = self.views.draw(len(indices), self.stream)", GOES_ON,
+        "        drawn = self.viewing.draw(indices, self.stream)", GOES_ON,
+    ),
+    Mutation(
+        "originals are cut by their neighbours' rows", "sslkit/viewing.py",
+        "values[row] for name", "values[row - 1] for name",
+        "tests/test_viewing.py::test_every_crop_is_its_own_images_by_its_own_row",
+    ),
+    Mutation(
+        "boxes are drawn for other images' sizes", "sslkit/viewing.py", "draw_sized(self.sizes[indices],",
+        "draw_sized(self.sizes[: len(indices)],",
+        "tests/test_viewing.py::test_every_crop_is_its_own_images_by_its_own_row",
     ),
     Mutation(
         "the data begins anew", "sslkit/data.py", "map(self.draw, range(start, stop))",
