@@ -44,6 +44,8 @@ class Found:
     """`path` and `problem` of what could not even be looked at."""
     others: int
     """Files of other kinds."""
+    hidden: int
+    """Files and folders that are hidden, whatever they hold."""
 
 
 def find(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> Found:
@@ -57,7 +59,7 @@ def find(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> Found:
     root = Path(folder).expanduser()
     known: dict[str, tuple[int, int]] = {}
     problems: list[Mapping[str, str]] = []
-    others = 0
+    others = hidden = 0
     waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # no recursion: folders may be nested deeper than calls
     while waiting:
         name, above = waiting.pop()
@@ -66,7 +68,7 @@ def find(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> Found:
             if real in above:
                 continue
             with os.scandir(root / name) as entries:
-                listed = [entry for entry in entries if not entry.name.startswith((".", "__MACOSX"))]
+                listed = list(entries)
         except (OSError, ValueError) as error:
             if not name:
                 raise UserError(f"{root.absolute()}: {_why(error)}; give a folder of images") from None
@@ -74,7 +76,9 @@ def find(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> Found:
             continue
         for entry in listed:
             path = f"{name}/{entry.name}" if name else entry.name
-            if _is_folder(entry):
+            if entry.name.startswith((".", "__MACOSX")):
+                hidden += 1
+            elif _is_folder(entry):
                 waiting.append((path, (*above, real)))
             elif not entry.name.lower().endswith(tuple(suffixes)):
                 others += 1
@@ -87,7 +91,7 @@ def find(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> Found:
         raise UserError(f"{root.absolute()}: holds no image files that end in {', '.join(suffixes)}{lost}")
     names = tuple(sorted(known))
     problems.sort(key=lambda problem: problem["path"])
-    return Found(root, names, tuple(known[name] for name in names), tuple(problems), others)
+    return Found(root, names, tuple(known[name] for name in names), tuple(problems), others, hidden)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

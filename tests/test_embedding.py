@@ -139,7 +139,8 @@ def test_a_folder_that_nobody_prepared(run: Path, tmp_path: Path) -> None:
         "nothing.png": "cannot be read: No such file or directory",
         "pipe.png": "is a pipe, not a regular file",
     }
-    assert "passed over 1 files" in said.output
+    assert "passed over files that do not end in .jpg, .jpeg, .png, .webp: 1\n" in said.output
+    assert "passed over hidden files and folders: 1\n" in said.output
     assert f"left out {len(bad)} that cannot be read: " in said.output
     assert not (tmp_path / "out.parquet.parts").exists()
     assert all(np.isfinite(feature).all() for feature in rows(out).values())
