@@ -278,6 +278,12 @@ def test_unfinished_parts_of_something_else_are_refused(
     (parts / "state.json").write_text("[]")
     with pytest.raises(sslkit.UserError, match="other state, which cannot be read"):
         embed(run, plain, out)
+    (parts / "state.json").unlink()
+    shutil.copytree(parts, tmp_path / "stateless.parquet.parts")
+    told: list[str] = []
+    embed(run, plain, tmp_path / "stateless.parquet", checkpoint=5, tell=told.append)
+    assert not any("there already" in line for line in told), "a part says itself what it is of"
+    (parts / "state.json").write_text("[]")
     (parts / "mine.txt").touch()
     assert embed(run, other, out, restart=True).facts["folder"] == str(other)
     assert [file.name for file in parts.iterdir()] == ["mine.txt"], "what sslkit did not write stays"
