@@ -23,7 +23,8 @@ frozen_random = Rule(
     what="Modules are frozen that were never trained.",
     severity="warning",
     cause="train.freeze without weights to begin with",
-    fix="begin with a trained network (init_from, or backbone.pretrained = true), or leave train.freeze out",
+    fix="begin with the weights of a run, a file or timm, or with pretrained ones (backbone.pretrained = true), or "
+    "freeze nothing (train.freeze)",
     source="Chen et al. 2021 (MoCo v3, arXiv 2104.02057), section 4.2: a ViT's patch projection may stay random, and "
     "is let pass here; of stages of a network that stay so we know no paper",
     key="train.freeze",
