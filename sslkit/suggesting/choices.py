@@ -291,7 +291,7 @@ def _train(
     made.add("train.batch_size", batch, fits)
     if machine.fast_bf16 and (machine.device == "cuda" or _smallest(made, size) > SINGLE_PIXEL):
         made.add("train.precision", "bf16", "networks in bfloat16, loss and weights in float32")
-    method.train(made)
+    method.train(made, batch)
     seconds = found.seconds_per_image * batch if found else 1.0
     made.add("train.log_every", max(1, min(50, steps // 100)), "a hundred records or more")
     every = min(max(1, _round(300 / seconds)), max(1, steps))

@@ -21,6 +21,8 @@ TAUS = ((3_000, 0.9), (20_000, 0.97), (200_000, 0.99))
 epochs of 312 steps; above, the 1000 epochs' .996."""
 LONG = 10_000
 """Steps from which BYOL's own optimizer has its time."""
+GROUP = 32
+"""Images that BatchNorm wants in a group."""
 PARTS = ("projector", "predictor", "loss", "target_updater", "optimizer")
 
 
@@ -126,11 +128,16 @@ class Method:
             table["queue"] = max(batch, images // 2 // (2 * batch) * 2 * batch)
             changed["queue"] = f"{self.recipe} has {queue}; half of the images, so that few meet themselves"
 
-    def train(self, made: Choices) -> None:
-        """Add how the donor trains, apart from lengths."""
+    def train(self, made: Choices, batch: int) -> None:
+        """Add how the donor trains, apart from lengths; where it splits the batch, into groups of 32 images or more."""
         for key in ("forward", "batch_norm", "clip_grad_norm"):
-            if key in self.tables["train"]:
-                made.add(f"train.{key}", self.tables["train"][key], self.recipe)
+            value = self.tables["train"].get(key)
+            if key == "batch_norm" and value is not None and value.startswith("split:"):
+                groups = min(int(value.removeprefix("split:")), max(2, batch // GROUP))
+                if batch >= 4:  # two groups of two
+                    made.add(f"train.{key}", f"split:{groups}", f"{self.recipe}: groups of {batch // groups} images")
+            elif value is not None:
+                made.add(f"train.{key}", value, self.recipe)
 
 
 def tau_for(steps: int) -> float:
