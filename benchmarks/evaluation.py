@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from lightly.utils.benchmarking.knn import knn_predict as lightlys  # type: ignore[import-untyped]
+from lightly.utils.benchmarking.knn import knn_predict as lightlys
 from sklearn.linear_model import LogisticRegression as Theirs
 
 from sslkit.evaluation import told
