@@ -168,8 +168,8 @@ def test_a_folder_stands_for_the_runs_below_it(made: Made, tmp_path: Path, capsy
 
 
 def test_numbers_sort_by_what_they_are() -> None:
-    wanted = ["a-1e-05", "a-0.03", "a-0.1", "a-1", "a-9", "a-10", "b", "b-1"]
-    assert sorted(reversed(wanted), key=natural) == wanted
+    names = ["b-1", "a-10", "b", "a-9", "a-0.1", "a-1", "a-0.03", "a-1e-05"]
+    assert sorted(names, key=natural) == ["a-1e-05", "a-0.03", "a-0.1", "a-1", "a-9", "a-10", "b", "b-1"]
 
 
 def test_a_folder_without_runs_says_what_one_looks_like(tmp_path: Path) -> None:

@@ -123,7 +123,8 @@ class Job:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that begins at its margin: those below it explain it."""
+    """The last line of a log that begins at its margin, since those below it explain it; empty if nothing was said
+    since the last command."""
     try:
         with log.open("rb") as file:
             file.seek(0, 2)
@@ -132,7 +133,8 @@ def last_line(log: Path) -> str:
     except OSError:
         return ""
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    return printable(next((line for line in reversed(lines) if not line[0].isspace()), ""))
+    said = next((line for line in reversed(lines) if not line[0].isspace()), "")
+    return "" if said.startswith("$ ") else printable(said)
 
 
 def _signal(number: int) -> str:

@@ -100,7 +100,8 @@ class Search:
         self.progress.over = len(seeds) * sum("value" in trial for trial in self.trials)
         self.progress.failed = sum("problem" in trial for trial in self.trials)
         self.waiting = Waiting(say)
-        self.running: dict[str, tuple[int, Job]] = {}
+        self.running: dict[str, tuple[int, Job, bool]] = {}
+        """By name: the trial, the run, and whether it is being measured."""
         self.asked_to_end: set[str] = set()
         """Runs that somebody asked to end, which are not gone on with by this call."""
 
@@ -138,7 +139,7 @@ class Search:
 
     def _next(self, number: int, job: Job) -> Task | None:
         try:
-            if job.finished():
+            if measuring := job.finished():
                 task = measurement(job, self.note.search["by"] if self.note.search else "auto")
             else:
                 task = job.task()
@@ -146,7 +147,7 @@ class Search:
         except SslkitError as error:
             self._settle(number, job, None, Outcome("failed", error.lines[0]))
             return None
-        self.running[job.name] = number, job
+        self.running[job.name] = number, job, measuring
         return task
 
     def _ask(self) -> None:
@@ -167,12 +168,12 @@ class Search:
 
     def ended(self, task: Task, code: int) -> None:
         """Take down what came of a run or of its measurement."""
-        number, job = self.running.pop(task.name)
+        number, job, measured = self.running.pop(task.name)
         outcome = job.outcome(code)
         if outcome.kind == "ended" or code == INTERRUPTED or -code in ASKED:
             self.asked_to_end.add(job.name)
             self.progress.ended(job, replace(outcome, kind="ended"))
-        elif task.module == "sslkit":
+        elif not measured:
             if outcome.kind == "failed":
                 self._settle(number, job, None, outcome)
         else:
