@@ -167,8 +167,9 @@ def test_useless_metadata_gives_no_class_names(tmp_path, opened, metadata):
 @pytest.mark.parametrize(
     ("labels", "names", "message"),
     [
-        (pa.array(["a", "b"]), None, "is string; integers are wanted"),
-        (pa.array([0.0, 1.0]), None, "is double; integers are wanted"),
+        (pa.array([True, False]), None, "is bool; integers or names are wanted"),
+        (pa.array([0.0, 1.0]), None, "is double; integers or names are wanted"),
+        (pa.array(["a", None]), None, "1 of 2 training images have no label in the column 'label'"),
         (pa.array([0, None]), None, "1 rows have no value"),
         ([-1, 3], None, "should be 0 or more, one is -1"),
         ([0, 2], ["a", "b"], "holds the label 2, but only 2 classes"),

@@ -206,7 +206,7 @@ SOURCES: dict[str, dict[str, str]] = {
     },
     "parquet": {
         "path": "moved/train.parquet", "test_path": "moved/test.parquet", "max_bad": "0.5",
-        "memory_limit_gb": "15.0", "workers": "3",
+        "memory_limit_gb": "15.0", "workers": "3", "cache_gb": "0.5",
     },
 }  # fmt: skip
 

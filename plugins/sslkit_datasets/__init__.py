@@ -119,7 +119,8 @@ class Parquet(DataSource):
     One row is one image: a column of encoded JPEG, PNG or WebP files (`struct<bytes, path>` or binary) and, perhaps, a
     column of integer labels. Class names are taken from the schema's metadata where they are given. Labels that are
     all -1 mean that there are none. Shards are read in the order of their names, and a missing one
-    (`train-00001-of-00002.parquet`) is an error. The decoded images stay in memory.
+    (`train-00001-of-00002.parquet`) is an error. The decoded images stay in memory; with `stream`, the files are read
+    a row group at a time, all through the run.
     """
 
     path: Annotated[str, Incidental]
@@ -141,10 +142,31 @@ class Parquet(DataSource):
     """Largest share of either set that may be unreadable; above it the run stops."""
     memory_limit_gb: Annotated[PositiveFloat, Incidental] = 16.0
     """Stop with an error rather than fill the memory if the decoded images take more gigabytes (10^9 bytes) per set."""
+    hold_out: Annotated[Share | None, _unless(0.0)] = None
+    """This share of each class becomes the test set and is not trained on; of all images where there are no classes.
+    Which ones follows from the files' bytes alone, and files with the same bytes stay together."""
+    stream: Annotated[bool | None, _unless(False)] = None
+    """Read row groups as they are wanted, for sets that do not fit into memory. Views are then cut from the images
+    with their own sides, and the squares of `size`, which is needed, are for measurement alone. The result of the
+    check of all images is remembered in the cache folder for as long as no file changes."""
+    window: PositiveInt | None = None
+    """With `stream`: row groups are read one after the other, and an image changes places with those up to this many
+    images away; without it, 16,384."""
+    cache_gb: Annotated[PositiveFloat, Incidental] = 4.0
+    """With `stream`: the row groups that are held at most, in gigabytes (10^9 bytes) of image files. A window that does
+    not fit is refused."""
+    check: Check = None
+    """With `stream`, `"headers"`: opening reads the header of each image only. An image that then cannot be decoded
+    ends the run, and the data set is known by the length and the first 64 KiB of each image. Without it, or with
+    `"full"`, every image is decoded once."""
     workers: Annotated[PositiveInt | None, Incidental] = None
     """Threads that decode; without it, one per CPU core."""
 
     def build(self, info: DataInfo) -> ImageSet:
+        if self.stream:
+            from sslkit_datasets.rows import open_stream
+
+            return open_stream(self, info)
         from sslkit_datasets.parquet import open_parquet
 
         return open_parquet(self, info)

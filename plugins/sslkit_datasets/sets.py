@@ -39,7 +39,7 @@ class Examined:
     """int64, also of those that cannot be read."""
     part: Callable[[Sequence[int]], Encoded]
     """The images at ascending positions."""
-    files: Callable[[Sequence[int]], Sequence[object]]
+    files: Callable[[Sequence[int]], Sequence[object] | None]
     """What they are called."""
     store: Store | None = None
     """Where they are already, decoded."""
@@ -63,8 +63,9 @@ def opened(
     options: _Options,
     class_names: tuple[str, ...] | None,
     fingerprint: str,
+    advice: str = ", or raise data_source.max_bad",
 ) -> Opened:
-    """The sets `training` and perhaps `test`, of images that can be read.
+    """The sets `training` and perhaps `test`, of images that can be read. `advice` is as for `sift`.
 
     Raises:
         UserError: too many cannot, or nothing can be held out.
@@ -77,7 +78,7 @@ def opened(
             found.name,
             which=which,
             max_bad=options.max_bad,
-            advice=", or raise data_source.max_bad",
+            advice=advice,
         )
         bad += left_out
         if options.hold_out is None:
