@@ -1,18 +1,19 @@
 """Where images come from: CIFAR-10, a folder, Parquet files, and digits that need no download.
 
 Every source keeps to the same rules. Labels serve measurement only. An image that cannot be read is named, left out
-and recorded, and above `max_bad` the run stops; nothing is ever put in its place. Only JPEG, PNG and WebP are decoded,
-up to 89,478,485 pixels (Pillow's limit against decompression bombs) and 1 GiB per file. EXIF orientation is applied,
+and recorded, and above `max_bad` the run stops; nothing is ever put in its place. JPEG, PNG and WebP are decoded, up
+to 89,478,485 pixels (Pillow's limit against decompression bombs) and 1 GiB per file. EXIF orientation is applied,
 transparency is laid on white, 16-bit grey is scaled to 8 bits, of 16-bit colours the higher byte is taken, CMYK and
 palettes become RGB by Pillow's plain formulas, colour profiles are not applied, and of an animation the first frame is
-taken. An image that changes or goes while a run reads it from its file ends the run.
+taken. NumPy and TIFF files of 1 to 16 bands are read where `channels`, `bands` and `value_range` say how they become
+8-bit. An image that changes or goes while a run reads it from its file ends the run.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, SerializeAsAny, model_validator
 
 from sslkit.api import DataInfo, DataSource, FileReader, ImageSet, Incidental, Look, slot
 
@@ -26,9 +27,27 @@ def _unless(default: object) -> AfterValidator:
     return AfterValidator(lambda value: None if value == default else value)
 
 
+def _ascending(value: tuple[float, float] | None) -> tuple[float, float] | None:
+    if value is not None and not value[0] < value[1]:
+        raise ValueError("should be two numbers, the smaller first")
+    return value
+
+
+Channels = Annotated[int, Field(ge=1, le=16)]
+Bands = Annotated[tuple[NonNegativeInt, ...] | None, Field(min_length=1, max_length=16)]
+ValueRange = Annotated[tuple[float, float] | None, AfterValidator(_ascending)]
 Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 CropsFrom = Annotated[Literal["square", "original"] | None, _unless("square")]
 Check = Annotated[Literal["full", "headers"] | None, _unless("full")]
+
+
+T = TypeVar("T")
+
+
+def _fitting(spec: T, bands: tuple[int, ...] | None, channels: int) -> T:
+    if bands is not None and len(bands) != channels:
+        raise ValueError(f"bands: names {len(bands)} bands, and channels is {channels}; there should be as many")
+    return spec
 
 
 class CIFAR10(DataSource):
@@ -86,8 +105,16 @@ class Folder(DataSource):
     """`"headers"`: opening reads the header of each file only, which takes minutes less per million files, and nothing
     is kept in memory. A file that then cannot be decoded ends the run, and the data set is known by the length and the
     first 64 KiB of each file. Without it, or with `"full"`, every file is decoded."""
-    channels: Literal[1, 3] = 3
-    """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601)."""
+    channels: Channels = 3
+    """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601). Of NumPy and TIFF files,
+    the number of bands, up to 16, which are taken as they are."""
+    bands: Bands = None
+    """Of NumPy and TIFF files, the bands to take, counted from 0, as many as `channels`: `[3, 2, 1]`."""
+    value_range: ValueRange = None
+    """What becomes 0 and 255 where values are not 8-bit: `[0, 4095]`; what lies outside is clipped. NumPy and TIFF
+    files of 16 bits or float32 need it. 16-bit grey PNG files use it; without it, they are divided by 257."""
+    axes: Literal["hwc", "chw"] | None = None
+    """Of NumPy and TIFF files, whether bands come last or first; without it, the side of 16 or less is the bands."""
     max_bad: Annotated[Fraction, Incidental] = 0.001
     """Largest share of either set that may be unreadable; above it the run stops."""
     memory_limit_gb: Annotated[PositiveFloat, Incidental] = 4.0
@@ -95,6 +122,10 @@ class Folder(DataSource):
     `crops_from = "original"` the squares that were measured are kept, up to this."""
     workers: Annotated[PositiveInt | None, Incidental] = None
     """Threads that decode; without it, one per CPU core."""
+
+    @model_validator(mode="after")
+    def _one_band_for_each_channel(self) -> Self:
+        return _fitting(self, self.bands, self.channels)
 
     def build(self, info: DataInfo) -> ImageSet:
         from sslkit_datasets.folder import open_folder
@@ -136,8 +167,16 @@ class Parquet(DataSource):
     size: PositiveInt | None = None
     """Resize each image's largest central square to this side in pixels (antialiased bicubic). Without it all images
     must have one size and keep it."""
-    channels: Literal[1, 3] = 3
-    """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601)."""
+    channels: Channels = 3
+    """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601). Of NumPy and TIFF files,
+    the number of bands, up to 16, which are taken as they are."""
+    bands: Bands = None
+    """Of NumPy and TIFF files, the bands to take, counted from 0, as many as `channels`: `[3, 2, 1]`."""
+    value_range: ValueRange = None
+    """What becomes 0 and 255 where values are not 8-bit: `[0, 4095]`; what lies outside is clipped. NumPy and TIFF
+    files of 16 bits or float32 need it. 16-bit grey PNG files use it; without it, they are divided by 257."""
+    axes: Literal["hwc", "chw"] | None = None
+    """Of NumPy and TIFF files, whether bands come last or first; without it, the side of 16 or less is the bands."""
     max_bad: Annotated[Fraction, Incidental] = 0.001
     """Largest share of either set that may be unreadable; above it the run stops."""
     memory_limit_gb: Annotated[PositiveFloat, Incidental] = 16.0
@@ -161,6 +200,10 @@ class Parquet(DataSource):
     `"full"`, every image is decoded once."""
     workers: Annotated[PositiveInt | None, Incidental] = None
     """Threads that decode; without it, one per CPU core."""
+
+    @model_validator(mode="after")
+    def _one_band_for_each_channel(self) -> Self:
+        return _fitting(self, self.bands, self.channels)
 
     def build(self, info: DataInfo) -> ImageSet:
         if self.stream:
@@ -210,8 +253,16 @@ class WebDataset(DataSource):
     cache_gb: Annotated[PositiveFloat, Incidental] = 4.0
     """With `window`, the pieces that are held at most, in gigabytes (10^9 bytes). A window that does not fit is
     refused."""
-    channels: Literal[1, 3] = 3
-    """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601)."""
+    channels: Channels = 3
+    """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601). Of NumPy and TIFF files,
+    the number of bands, up to 16, which are taken as they are."""
+    bands: Bands = None
+    """Of NumPy and TIFF files, the bands to take, counted from 0, as many as `channels`: `[3, 2, 1]`."""
+    value_range: ValueRange = None
+    """What becomes 0 and 255 where values are not 8-bit: `[0, 4095]`; what lies outside is clipped. NumPy and TIFF
+    files of 16 bits or float32 need it. 16-bit grey PNG files use it; without it, they are divided by 257."""
+    axes: Literal["hwc", "chw"] | None = None
+    """Of NumPy and TIFF files, whether bands come last or first; without it, the side of 16 or less is the bands."""
     check: Check = None
     """`"headers"`: opening reads the header of each image only. An image that then cannot be decoded ends the run, and
     the data set is known by the length and the first 64 KiB of each image. Without it, or with `"full"`, every image
@@ -220,6 +271,10 @@ class WebDataset(DataSource):
     """Largest share of either set that may be unreadable; above it the run stops."""
     workers: Annotated[PositiveInt | None, Incidental] = None
     """Threads that decode; without it, one per CPU core."""
+
+    @model_validator(mode="after")
+    def _one_band_for_each_channel(self) -> Self:
+        return _fitting(self, self.bands, self.channels)
 
     def build(self, info: DataInfo) -> ImageSet:
         from sslkit_datasets.webdataset import open_webdataset

@@ -9,6 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from sslkit_datasets.arrays import PLAIN, Arrays, is_array, scaled, to_pixels
+from sslkit_datasets.bad import BadImageError
+
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 89_478_485
 """Pillow's own limit, kept here because other libraries switch Pillow's off for the whole process."""
@@ -29,17 +32,14 @@ _PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr", "LAB", "HSV")
 _TRANSPARENT = ("LA", "La", "PA", "RGBA", "RGBa")
 
 
-class BadImageError(Exception):
-    """An image that cannot be read; the text completes the sentence "this image ..."."""
-
-
-def decode(data: bytes, channels: int, size: int | None) -> Pixels:
-    """Decode a JPEG, PNG or WebP file in full.
+def decode(data: bytes, channels: int, size: int | None, arrays: Arrays = PLAIN) -> Pixels:
+    """Decode a JPEG, PNG, WebP, NumPy or TIFF file in full.
 
     Args:
         data: the file.
-        channels: 3 (RGB) or 1 (grey).
+        channels: 3 (RGB) or 1 (grey); any number of bands of a NumPy or TIFF file.
         size: side in pixels to which the largest central square is resized; None keeps the image's own size.
+        arrays: how bands are picked, and what is done with values of more than 8 bits.
 
     Returns:
         uint8 `[C, H, W]`.
@@ -49,12 +49,16 @@ def decode(data: bytes, channels: int, size: int | None) -> Pixels:
     """
     if not data:
         raise BadImageError("is empty (0 bytes)")
+    if is_array(data):
+        return _fitted(to_pixels(data, channels, arrays), size)
+    if channels not in (1, 3):
+        raise BadImageError(f"has colours or grey values, and not {channels} channels")
     try:
         with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
             if opened.width * opened.height > MAX_PIXELS:
                 raise BadImageError(f"has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS:,}")
             opened.load()
-            image = _convert(_turn(opened), channels)
+            image = _convert(_turn(opened), channels, arrays)
             if size is not None:
                 image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     except (BadImageError, MemoryError):
@@ -70,6 +74,14 @@ def decode(data: bytes, channels: int, size: int | None) -> Pixels:
     return pixels.reshape(image.height, image.width, channels).transpose(2, 0, 1)
 
 
+def _fitted(pixels: Pixels, size: int | None) -> Pixels:
+    """As `ImageOps.fit` does it, band by band."""
+    if size is None:
+        return pixels
+    bands = [ImageOps.fit(Image.fromarray(band), (size, size), Image.Resampling.BICUBIC) for band in pixels]
+    return np.stack([np.asarray(band) for band in bands])
+
+
 def convertible(image: Image.Image) -> bool:
     """Whether a conversion to RGB and to grey is defined for the image's colour mode."""
     return image.mode.startswith("I") or image.mode in (*_PLAIN, *_TRANSPARENT) or "transparency" in image.info
@@ -83,13 +95,16 @@ def _turn(image: Image.Image) -> Image.Image:
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 
-def _convert(image: Image.Image, channels: int) -> Image.Image:
+def _convert(image: Image.Image, channels: int, arrays: Arrays) -> Image.Image:
     if not convertible(image):
         raise BadImageError(f"has the colour mode {image.mode}, for which no conversion is defined")
     if image.mode.startswith("I"):
         # 16-bit grey. Pillow's own conversion clips at 255, which leaves an almost white image.
-        grey = np.asarray(image).astype(np.int64)
-        image = Image.fromarray(((grey + 128) // 257).astype(np.uint8))
+        deep = np.asarray(image).astype(np.int64)
+        grey = (
+            ((deep + 128) // 257).astype(np.uint8) if arrays.value_range is None else scaled(deep, arrays.value_range)
+        )
+        image = Image.fromarray(grey)
     elif image.mode in _TRANSPARENT or "transparency" in image.info:
         front = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", front.size, "white"), front)

@@ -27,7 +27,7 @@ from sslkit_datasets.images import (
     survey,
     tell_left_out,
 )
-from sslkit_datasets.preparing import Preparation
+from sslkit_datasets.preparing import Preparation, arrays_of
 from sslkit_datasets.reading import Files, Names
 from sslkit_datasets.records import remembered_findings
 from sslkit_datasets.sets import Examined, Reading, digests_of, opened
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from sslkit_datasets import Folder
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+ARRAYS = (".npy", ".tif", ".tiff")
+"""What is looked for where a folder holds none of the others."""
 PORTION = 4096
 """Files whose paths are held at one time."""
 
@@ -64,7 +66,9 @@ class Listing:
 
 def preparation(spec: Folder) -> Preparation:
     """What the options say of how files become images."""
-    return Preparation(spec.channels, spec.size, spec.crops_from == "original", spec.check == "headers")
+    return Preparation(
+        spec.channels, spec.size, spec.crops_from == "original", spec.check == "headers", arrays_of(spec)
+    )
 
 
 def open_folder(spec: Folder, info: DataInfo) -> Opened:
@@ -194,20 +198,21 @@ def list_images(root: Path, info: DataInfo, *, classes: bool = True) -> Listing:
     entries = _entries(root)
     folders = [entry.name for entry in entries if _is_folder(entry)]
     here = [entry.name for entry in entries if not _is_folder(entry)]
-    if classes and folders and any(_is_image(name) for name in here):
+    walked = here
+    if folders:
+        walked = [*here, *(f"{name}/{below}" for name in folders for below in _walk(root / name, ()))]
+    suffixes = SUFFIXES if any(_is_image(name, SUFFIXES) for name in walked) else ARRAYS
+    if classes and folders and any(_is_image(name, suffixes) for name in here):
         raise UserError(
             f"{shown(root)} holds images beside folders; put every image into a class folder, or all into one "
             'folder, or set data_source.classes = "none" to read them all without labels'
         )
-    walked = here
-    if folders:
-        walked = [*here, *(f"{name}/{below}" for name in folders for below in _walk(root / name, ()))]
-    names = sorted(name for name in walked if _is_image(name))
+    names = sorted(name for name in walked if _is_image(name, suffixes))
     if not names:
-        raise UserError(f"{shown(root)} holds no images (files that end in {', '.join(SUFFIXES)})")
-    others = sorted(name for name in walked if not _is_image(name))
+        raise UserError(f"{shown(root)} holds no images (files that end in {', '.join(SUFFIXES + ARRAYS)})")
+    others = sorted(name for name in walked if not _is_image(name, suffixes))
     if others:
-        info.say(f"{shown(root)}: passed over {_some(others, 'file')} with other suffixes than {', '.join(SUFFIXES)}")
+        info.say(f"{shown(root)}: passed over {_some(others, 'file')} with other suffixes than {', '.join(suffixes)}")
     if not folders or not classes:
         return Listing(root, tuple(names), None)
     found = sorted({name.partition("/")[0] for name in names})
@@ -244,8 +249,8 @@ def _walk(folder: Path, above: tuple[str, ...]) -> Iterator[str]:
             yield entry.name
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(SUFFIXES)
+def _is_image(name: str, suffixes: tuple[str, ...]) -> bool:
+    return name.lower().endswith(suffixes)
 
 
 def _some(names: Sequence[str], noun: str) -> str:

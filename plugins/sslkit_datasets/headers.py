@@ -7,7 +7,8 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from sslkit_datasets.decode import FORMATS, MAX_PIXELS, ORIENTATION, BadImageError, convertible
+from sslkit_datasets.bad import BadImageError
+from sslkit_datasets.decode import FORMATS, MAX_PIXELS, ORIENTATION, convertible
 
 _TURNED = (5, 6, 7, 8)
 _LATE = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from sslkit.api import Images
 from sslkit.errors import UserError, printable
-from sslkit_datasets.decode import BadImageError, Pixels
-from sslkit_datasets.headers import sides
+from sslkit_datasets.bad import BadImageError
+from sslkit_datasets.decode import Pixels
 from sslkit_datasets.preparing import HEAD, Preparation, digest_of_head
 from sslkit_datasets.slices import Slice
 
@@ -172,7 +172,7 @@ def survey(
             if prepared.headers:
                 digest, file = _opened(item)
                 with file:
-                    return Finding(digest, None, *sides(file))
+                    return Finding(digest, None, *prepared.sides(file))
             data = load(item)
             digest = prepared.digest(data)
             image = prepared.whole(data) if prepared.original else prepared.square(data)

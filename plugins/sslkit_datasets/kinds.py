@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from sslkit_datasets.arrays import PLAIN, Arrays, is_array, values_of
 from sslkit_datasets.decode import FORMATS, Pixels, decode
 
 _NAMES = {"1": "black and white", "L": "grey", "P": "palette", "I": "32-bit grey", "F": "float grey"}
@@ -27,16 +28,22 @@ class Kind:
     """Some of its values, evenly over it, where they are not 8-bit."""
 
 
-def kind_of_image(data: bytes, values: int) -> Kind:
+def kind_of_image(data: bytes, values: int, arrays: Arrays = PLAIN) -> Kind:
     """Decode a file in full and say what it is.
 
     Args:
         data: the file.
         values: how many values to take of what is not 8-bit.
+        arrays: which of a file's axes are its bands.
 
     Raises:
         BadImageError: it cannot be decoded.
     """
+    if is_array(data):
+        held = values_of(data, arrays)
+        height, width, bands = held.shape
+        kind = f"{bands} bands {held.dtype}" if bands > 1 else f"grey {held.dtype}"
+        return Kind(kind, height, width, bands, _some(held, values) if values and held.dtype != np.uint8 else None)
     pixels: Pixels = decode(data, 3, None)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         mode = image.mode

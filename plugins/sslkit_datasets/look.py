@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslkit.api import DataInfo, Look
-from sslkit_datasets.decode import BadImageError
+from sslkit_datasets.arrays import Arrays
+from sslkit_datasets.bad import BadImageError
 from sslkit_datasets.folder import Listing, list_sets
 from sslkit_datasets.images import cores, load, progress, shown, state_of
 from sslkit_datasets.kinds import Kind, kind_of_image
@@ -53,6 +54,7 @@ def look_at(spec: Folder, info: DataInfo, limit: int = 0) -> Look:
     paths = [listing.root / name for listing, name in files]
     states = [state_of(path) for path in paths]
     chosen = _spread(len(files), limit)
+    arrays = Arrays(axes=spec.axes)
     ranged = set(_spread(len(chosen), _RANGED))
     with (
         warnings.catch_warnings(),
@@ -62,7 +64,7 @@ def look_at(spec: Folder, info: DataInfo, limit: int = 0) -> Look:
         warnings.filterwarnings("ignore", module=r"PIL\.")
 
         def see(at: int) -> _Seen:
-            seen = _see(paths[chosen[at]], values=at in ranged)
+            seen = _see(paths[chosen[at]], arrays, values=at in ranged)
             advance(1)
             return seen
 
@@ -99,10 +101,10 @@ def _spread(count: int, limit: int) -> list[int]:
     return [int(i) for i in np.linspace(0, count - 1, limit)]
 
 
-def _see(path: Path, *, values: bool) -> _Seen:
+def _see(path: Path, arrays: Arrays, *, values: bool) -> _Seen:
     before = time.perf_counter()
     try:
-        kind, problem = kind_of_image(load(path), _VALUES if values else 0), None
+        kind, problem = kind_of_image(load(path), _VALUES if values else 0, arrays), None
     except BadImageError as error:
         kind, problem = None, str(error)
     return _Seen(kind, problem, time.perf_counter() - before)

@@ -11,10 +11,11 @@ import pyarrow as pa
 
 from sslkit.api import DataInfo
 from sslkit.errors import UserError
+from sslkit_datasets.arrays import PLAIN, Arrays
 from sslkit_datasets.columns import Source, bytes_of, first_line, numbered
 from sslkit_datasets.images import Finding, Fingerprint, Opened, Store, cores, shown, survey, tell_left_out
 from sslkit_datasets.labels import Written
-from sslkit_datasets.preparing import Preparation
+from sslkit_datasets.preparing import Preparation, arrays_of
 from sslkit_datasets.reading import Encoded
 from sslkit_datasets.sets import Examined, Reading, opened
 from sslkit_datasets.shards import find_files
@@ -38,6 +39,7 @@ class Options:
     memory_limit_gb: float = 16.0
     workers: int | None = None
     hold_out: float | None = None
+    arrays: Arrays = PLAIN
     advice: str = ", or raise data_source.max_bad"
 
 
@@ -62,6 +64,7 @@ def open_parquet(spec: Parquet, info: DataInfo) -> Opened:
         spec.memory_limit_gb,
         spec.workers,
         spec.hold_out,
+        arrays_of(spec),
     )
     return read_sets(train, test, options, info)
 
@@ -80,7 +83,9 @@ def read_sets(train: Sequence[Path], test: Sequence[Path], options: Options, inf
         _compare(found["training"].store, found["test"].store)
     labels = numbered(sources, {which: rows.written for which, rows in found.items()})
     hold_out = {} if options.hold_out is None else {"hold_out": options.hold_out}
-    fingerprint = Fingerprint(source="parquet", size=options.size, channels=options.channels, **hold_out)
+    fingerprint = Fingerprint(
+        source="parquet", **Preparation(options.channels, options.size, arrays=options.arrays).facts(), **hold_out
+    )
     sets = {}
     for which, rows in found.items():
         fingerprint.add(which)
@@ -90,7 +95,9 @@ def read_sets(train: Sequence[Path], test: Sequence[Path], options: Options, inf
         sets[which] = Examined(
             rows.findings, sources[which].name, labels.of[which], _nothing_is_read, lambda rows: None, rows.store
         )
-    reading = Reading(Preparation(options.channels, options.size), options.workers or cores(), 0.0)
+    reading = Reading(
+        Preparation(options.channels, options.size, arrays=options.arrays), options.workers or cores(), 0.0
+    )
     made = opened(sets, reading, options, labels.names, fingerprint.hexdigest(), options.advice)
     tell_left_out(info.say, made.bad, sum(source.rows for source in sources.values()))
     return made
@@ -126,7 +133,7 @@ def _read(source: Source, which: str, options: Options) -> _Rows:
     findings = survey(
         batches(),
         source.rows,
-        prepared=Preparation(options.channels, options.size),
+        prepared=Preparation(options.channels, options.size, arrays=options.arrays),
         store=store,
         workers=options.workers or cores(),
         title=f"reading {which} images",

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import BinaryIO, Literal, Protocol
 
+from sslkit_datasets.arrays import PLAIN, Arrays, is_array, shape_of
 from sslkit_datasets.decode import Pixels, decode
+from sslkit_datasets.headers import sides
 
 HEAD = 2**16
 """Bytes of a file that tell it from another where only headers are read."""
@@ -22,6 +25,8 @@ class Preparation:
     """Whether images are wanted as they lie in their files, and as squares for measurement alone."""
     headers: bool = False
     """Whether the pass over all images reads their headers only."""
+    arrays: Arrays = PLAIN
+    """What is done with bands and with values of more than 8 bits."""
 
     def square(self, data: bytes) -> Pixels:
         """The image as a square of `size`, uint8 `[C, S, S]`.
@@ -29,7 +34,7 @@ class Preparation:
         Raises:
             BadImageError: as `decode`.
         """
-        return decode(data, self.channels, self.size)
+        return decode(data, self.channels, self.size, self.arrays)
 
     def whole(self, data: bytes) -> Pixels:
         """The image with its own sides, uint8 `[C, h, w]`.
@@ -37,16 +42,42 @@ class Preparation:
         Raises:
             BadImageError: as `decode`.
         """
-        return decode(data, self.channels, None)
+        return decode(data, self.channels, None, self.arrays)
+
+    def sides(self, file: BinaryIO) -> tuple[int, int]:
+        """Height and width of what `whole` gives, from the header.
+
+        Raises:
+            BadImageError: as `headers.sides` and `arrays.shape_of`.
+        """
+        head = file.read(8)
+        if is_array(head):
+            return shape_of(head + file.read(), self.channels, self.arrays)
+        file.seek(0)
+        return sides(file)
 
     def facts(self) -> dict[str, object]:
         """What enters fingerprints. What is not set stays out of it, so that runs of before these options go on."""
-        chosen = {"original": self.original, "headers": self.headers}
+        chosen: dict[str, object] = {"original": self.original, "headers": self.headers, **vars(self.arrays)}
         return {"size": self.size, "channels": self.channels, **{key: value for key, value in chosen.items() if value}}
 
     def digest(self, data: bytes) -> bytes:
         """SHA-256 of a file; of its length and first bytes where only headers are read."""
         return digest_of_head(len(data), data[:HEAD]) if self.headers else hashlib.sha256(data).digest()
+
+
+class _Options(Protocol):
+    @property
+    def bands(self) -> tuple[int, ...] | None: ...
+    @property
+    def value_range(self) -> tuple[float, float] | None: ...
+    @property
+    def axes(self) -> Literal["hwc", "chw"] | None: ...
+
+
+def arrays_of(options: _Options) -> Arrays:
+    """What a data source's options say of bands and values."""
+    return Arrays(options.bands, options.value_range, options.axes)
 
 
 def digest_of_head(length: int, head: bytes) -> bytes:

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslkit.errors import RunFailed
-from sslkit_datasets.decode import BadImageError, Pixels
+from sslkit_datasets.bad import BadImageError
+from sslkit_datasets.decode import Pixels
 from sslkit_datasets.images import load, shown, state_of
 from sslkit_datasets.order import sampled, windowed
 from sslkit_datasets.preparing import Preparation

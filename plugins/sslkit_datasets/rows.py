@@ -20,7 +20,7 @@ from sslkit.errors import RunFailed, UserError
 from sslkit_datasets.blocks import Block, Blocks, check_room
 from sslkit_datasets.columns import Source, bytes_of, first_line, numbered
 from sslkit_datasets.images import Finding, Fingerprint, Opened, cores, load, shown, state_of, survey, tell_left_out
-from sslkit_datasets.preparing import Preparation
+from sslkit_datasets.preparing import Preparation, arrays_of
 from sslkit_datasets.records import remembered_findings
 from sslkit_datasets.sets import Examined, Reading, digests_of, opened
 from sslkit_datasets.shards import find_files
@@ -137,7 +137,9 @@ def open_stream(spec: Parquet, info: DataInfo) -> Opened:
         )
     window = spec.window or WINDOW
     train, test = find_files(spec.path, spec.test_path, ".parquet")
-    prepared = Preparation(spec.channels, spec.size, original=True, headers=spec.check == "headers")
+    prepared = Preparation(
+        spec.channels, spec.size, original=True, headers=spec.check == "headers", arrays=arrays_of(spec)
+    )
     sources = {which: Source.open(files, spec) for which, files in (("training", train), ("test", test)) if files}
     groups = {
         which: RowGroups(source.files, [f.metadata for f in source.opened], source.image, int(spec.cache_gb * 1e9))

@@ -29,7 +29,7 @@ from sslkit_datasets.images import (
     tell_left_out,
 )
 from sslkit_datasets.labels import Written, to_labels
-from sslkit_datasets.preparing import Preparation
+from sslkit_datasets.preparing import Preparation, arrays_of
 from sslkit_datasets.records import remembered, remembered_findings
 from sslkit_datasets.sets import Examined, Reading, digests_of, opened
 from sslkit_datasets.shards import find_files
@@ -81,7 +81,9 @@ def open_webdataset(spec: WebDataset, info: DataInfo) -> Opened:
     """
     _refuse_commands(spec)
     train, test = find_files(spec.path, spec.test_path, ".tar")
-    prepared = Preparation(spec.channels, spec.size, original=True, headers=spec.check == "headers")
+    prepared = Preparation(
+        spec.channels, spec.size, original=True, headers=spec.check == "headers", arrays=arrays_of(spec)
+    )
     chosen = {"hold_out": spec.hold_out}
     fingerprint = Fingerprint(source="webdataset", **prepared.facts(), **{k: v for k, v in chosen.items() if v})
     workers, sets = spec.workers or cores(), {}
