@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
@@ -208,12 +209,15 @@ SOURCES: dict[str, dict[str, str]] = {
         "path": "moved/train.parquet", "test_path": "moved/test.parquet", "max_bad": "0.5",
         "memory_limit_gb": "15.0", "workers": "3", "cache_gb": "0.5",
     },
+    "webdataset": {
+        "path": "moved/train.tar", "test_path": "moved/test.tar", "max_bad": "0.5", "cache_gb": "0.5", "workers": "3",
+    },
 }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same small images twice: as folders and as Parquet files, here and below `moved/`."""
+    """The same small images three times: as folders, as Parquet files and as tar shards, here and below `moved/`."""
     place = tmp_path_factory.mktemp("images")
     pixels = np.random.default_rng(0)
     for split, count in (("train", 40), ("test", 10)):
@@ -223,6 +227,9 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file)
             rows.append({"image": {"bytes": file.read_bytes(), "path": None}, "label": number % 2})
+        with tarfile.open(place / "here" / f"{split}.tar", "w") as shard:
+            for file in sorted((place / "here" / split).rglob("*.png")):
+                shard.add(file, file.name)
         pq.write_table(pa.Table.from_pylist(rows), place / "here" / f"{split}.parquet")
     shutil.copytree(place / "here", place / "moved")
     return place
@@ -236,9 +243,12 @@ def test_where_images_lie_and_how_they_are_read_changes_no_bit(
     tables = {
         "folder": 'use = "folder"\nroot = "here/train"\ntest_root = "here/test"\nsize = 16',
         "parquet": 'use = "parquet"\npath = "here/train.parquet"\ntest_path = "here/test.parquet"\nsize = 16',
+        "webdataset": 'use = "webdataset"\npath = "here/train.tar"\ntest_path = "here/test.tar"\nsize = 16\nwindow = 8',
     }
     text = TINY.replace('use = "digits"\nprints = 1\ntest_prints = 1', tables[use]) + OFF
     small = ["train.batch_size=16", "train.epochs=8", "observers.knn.enabled=false"]
+    if use == "webdataset":  # its views are cut from images of any size
+        small += ["view_generator.use=two_crops", "view_generator.size=16"]
     base = tmp_path / "base"
     sslkit.train(parse_recipe(text, "r.toml", small), run_dir=base, steps=6, quiet=True)
     shutil.copytree(base, tmp_path / "half")
