@@ -103,7 +103,7 @@ def embed_with(
         parts.tidy()
         return done
     if found.others:
-        tell(f"{found.root}: passed over files that do not end in {', '.join(reader.suffixes)}: {found.others:,}")
+        tell(f"{found.root}: passed over files that do not end in {', '.join(found.suffixes)}: {found.others:,}")
     if found.hidden:
         tell(f"{found.root}: passed over hidden files and folders: {found.hidden:,}")
     try:

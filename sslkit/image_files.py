@@ -42,22 +42,25 @@ class Found:
     """Bytes and time of change in nanoseconds of each; -1 and -1 where they cannot be had."""
     problems: tuple[Mapping[str, str], ...]
     """`path` and `problem` of what could not even be looked at."""
+    suffixes: tuple[str, ...]
+    """What the names of image files end in."""
     others: int
     """Files of other kinds."""
     hidden: int
     """Files and folders that are hidden, whatever they hold."""
 
 
-def find(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> Found:
+def find(folder: str | os.PathLike[str], suffixes: Sequence[tuple[str, ...]]) -> Found:
     """All image files below a folder, at any depth, whatever order the file system lists them in.
 
-    Hidden files and folders are passed over. Links are followed, but not to a folder that the link lies in.
+    Hidden files and folders are passed over. Links are followed, but not to a folder that the link lies in. `suffixes`
+    are those of a `FileReader`.
 
     Raises:
         UserError: there is no such folder, or no image file below it.
     """
     root = Path(folder).expanduser()
-    known: dict[str, tuple[int, int]] = {}
+    kinds: list[dict[str, tuple[int, int]]] = [{} for _ in suffixes]
     problems: list[Mapping[str, str]] = []
     others = hidden = 0
     waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # no recursion: folders may be nested deeper than calls
@@ -80,18 +83,21 @@ def find(folder: str | os.PathLike[str], suffixes: Sequence[str]) -> Found:
                 hidden += 1
             elif _is_folder(entry):
                 waiting.append((path, (*above, real)))
-            elif not entry.name.lower().endswith(tuple(suffixes)):
+            elif (kind := next((k for k, ends in enumerate(suffixes) if entry.name.lower().endswith(ends)), -1)) < 0:
                 others += 1
             elif not _is_text(path):
                 problems.append({"path": printable(path), "problem": "has a name that is no UTF-8; rename it"})
             else:
-                known[path] = _state(entry)
+                kinds[kind][path] = _state(entry)
+    ends, known = next(((ends, files) for ends, files in zip(suffixes, kinds, strict=True) if files), ((), {}))
     if not known:
         lost = f", and {_first(problems)}" if problems else ""
-        raise UserError(f"{root.absolute()}: holds no image files that end in {', '.join(suffixes)}{lost}")
+        wanted = ", ".join(end for group in suffixes for end in group)
+        raise UserError(f"{root.absolute()}: holds no image files that end in {wanted}{lost}")
+    others += sum(len(files) for files in kinds) - len(known)
     names = tuple(sorted(known))
     problems.sort(key=lambda problem: problem["path"])
-    return Found(root, names, tuple(known[name] for name in names), tuple(problems), others, hidden)
+    return Found(root, names, tuple(known[name] for name in names), tuple(problems), ends, others, hidden)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -18,8 +18,9 @@ class FileReader(Protocol):
     """Reads single image files as a data source reads those of its sets."""
 
     @property
-    def suffixes(self) -> tuple[str, ...]:
-        """Of the files that it reads, in small letters and with the dot."""
+    def suffixes(self) -> tuple[tuple[str, ...], ...]:
+        """Of the files that it reads, in small letters and with the dot. Where a folder holds files of the first group,
+        those of the others are not read: an array beside pictures is hardly a picture."""
         ...
 
     def read(self, file: Path) -> tuple[Tensor, str]:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from sslkit.errors import UserError
-from sslkit_datasets.decode import BadImageError
-from sslkit_datasets.folder import SUFFIXES
+from sslkit_datasets.bad import BadImageError
+from sslkit_datasets.folder import ARRAYS, SUFFIXES
 from sslkit_datasets.images import load
 from sslkit_datasets.preparing import Preparation
 
@@ -21,7 +21,7 @@ class Reader:
     """Decodes single files (`sslkit.api.FileReader`)."""
 
     prepared: Preparation
-    suffixes: tuple[str, ...] = SUFFIXES
+    suffixes: tuple[tuple[str, ...], ...] = (SUFFIXES, ARRAYS)
 
     def read(self, file: Path) -> tuple[Tensor, str]:
         """As `FileReader.read`."""
