@@ -59,7 +59,7 @@ def measure(asked: argparse.Namespace, scratch: Path) -> None:
             f"read, {workers} threads", len(rows), lambda n=workers: take(portions(reader, found, batches, n), pixels)
         )
     timed("forward", len(rows), lambda: [encoder.features(part, BATCH) for part in pixels])
-    timed("both", len(rows), lambda: embed(asked.run, folder, scratch / "out.parquet", tell=print))
+    timed("both", len(rows), lambda: embed(asked.run, folder, scratch / "out.parquet", say=print))
 
     width = encoder.feature_dim
     made = Rows()

@@ -25,8 +25,12 @@ from sslkit import (
     describe,
     diff,
     doctor,
+    embedding,
     encoder,
+    evaluation,
     events,
+    exporting,
+    feature_files,
     nn,
     registry,
     replaying,
@@ -34,9 +38,11 @@ from sslkit import (
     rules,
     schema,
     scripting,
+    searching,
 )
 from sslkit import recipe as recipe_module
 from sslkit.cli import main
+from sslkit.evaluation import told
 from sslkit.recipe import DEFAULT_OBSERVERS, Recipe, Train
 from sslkit.starting_point import InitFrom
 
@@ -456,6 +462,22 @@ def python_page() -> list[str]:
         _docstring(encoder, "ImageEncoder"),
         *_members(encoder, "ImageEncoder", 3)[:1],
         *_methods(encoder, "ImageEncoder", ("forward", "features")),
+        *_function(evaluation, "evaluate"),
+        "## Evaluation",
+        _docstring(told, "Evaluation"),
+        *_members(told, "Evaluation", 3)[:1],
+        *_function(exporting, "export"),
+        "## Export",
+        _docstring(exporting, "Export"),
+        *_members(exporting, "Export", 3)[:1],
+        *_function(embedding, "embed"),
+        "## Embedded",
+        _docstring(feature_files, "Embedded"),
+        *_members(feature_files, "Embedded", 3)[:1],
+        *_function(searching, "search"),
+        "## Nearest",
+        _docstring(searching, "Nearest"),
+        *_members(searching, "Nearest", 3)[:1],
         "## sslkit.watch",
         "The same measurements in a training loop of your own: [Watch your own "
         "loop](../how-to/watch-your-own-loop.md).",

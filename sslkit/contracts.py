@@ -94,7 +94,8 @@ class Images(Protocol):
 class Originals(Images, Protocol):
     """Images that can also be had as they lie in their files, of any size and shape, for views that are cut from them.
 
-    Where `sizes` is None there are only squares. A set whose images lie in shards may have `order` and `sample` too.
+    Where `sizes` is None there are only squares. Views are cut by as many threads as it has `workers`; without that, by
+    one for each core.
     """
 
     sizes: Tensor | None
@@ -223,7 +224,7 @@ class Portable:
     """Lines of Python that then change `model`, as another stem needs; they use `nn` of torch."""
     config: Mapping[str, Any] = field(default_factory=dict)
     """What the library's own configuration of weights says of the network: `first_conv`, `classifier`,
-    `fixed_input_size`, `global_pool`."""
+    `fixed_input_size`."""
 
 
 class BackboneModule(Protocol):

@@ -36,7 +36,7 @@ def command(
 ) -> None:  # fmt: skip
     """What the command does; its options are in `sslkit.cli_use`."""
     done = embed(
-        run, folder, out, branch, checkpoint, batch=batch, workers=workers, restart=restart, device=device, tell=_say,
+        run, folder, out, branch, checkpoint, batch=batch, workers=workers, restart=restart, device=device, say=_say,
     )  # fmt: skip
     if not done.anew:
         _say(f"{done.path}: holds the features of these images already: nothing to do")
@@ -57,7 +57,7 @@ def embed(
     workers: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     restart: bool = False,
-    tell: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
     allow_local_code: bool = False,
 ) -> Embedded:
     """Write the features of all images below a folder to a Parquet file, or go on with it.
@@ -71,7 +71,7 @@ def embed(
         workers: Threads that read files; without it one for each core.
         device: Where to compute; `auto` is CUDA where there is a device.
         restart: Begin anew where the file or its parts are of other images or weights.
-        tell: Told what is worth a line.
+        say: Told what is worth a line.
 
     Raises:
         UserError: there is no such run or folder, no image can be read, or the file is of something else.
@@ -79,7 +79,7 @@ def embed(
     """  # fmt: skip
     path = output(Path(out).expanduser())
     opened = open_run(run_dir, branch, checkpoint, allow_local_code=allow_local_code)
-    return embed_with(opened, folder, path, batch=batch, workers=workers, device=device, restart=restart, tell=tell)
+    return embed_with(opened, folder, path, batch=batch, workers=workers, device=device, restart=restart, say=say)
 
 
 def embed_with(
@@ -91,7 +91,7 @@ def embed_with(
     workers: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
     restart: bool = False,
-    tell: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
 ) -> Embedded:
     """As `embed`, with a run that was opened."""
     where = choose_device(device)
@@ -103,16 +103,16 @@ def embed_with(
         parts.tidy()
         return done
     if found.others:
-        tell(f"{found.root}: passed over files that do not end in {', '.join(found.suffixes)}: {found.others:,}")
+        say(f"{found.root}: passed over files that do not end in {', '.join(found.suffixes)}: {found.others:,}")
     if found.hidden:
-        tell(f"{found.root}: passed over hidden files and folders: {found.hidden:,}")
+        say(f"{found.root}: passed over hidden files and folders: {found.hidden:,}")
     try:
         with parts.held(restart):
             missing = parts.missing()
             if len(missing) < len(parts.ranges):
-                tell(f"{len(parts.ranges) - len(missing)} of {len(parts.ranges)} parts are there already")
+                say(f"{len(parts.ranges) - len(missing)} of {len(parts.ranges)} parts are there already")
             if missing:
-                tell(_compute(opened, encoder_of(opened).to(where), reader, found, parts, missing, workers))
+                say(_compute(opened, encoder_of(opened).to(where), reader, found, parts, missing, workers))
             left_out = [*found.problems, *parts.problems()]
             rows = parts.join(left_out)
     except OSError as error:
@@ -120,11 +120,11 @@ def embed_with(
                         f"{spoken().again} goes on from it") from error  # fmt: skip
     parts.remove()
     done = Embedded(path, facts, rows, left_out, anew=True)
-    tell(f"{path}: {rows:,} images, {facts['feature_dim']} numbers each")
+    say(f"{path}: {rows:,} images, {facts['feature_dim']} numbers each")
     if left_out:
         named = ", ".join(f"{bad['path']} ({bad['problem']})" for bad in left_out[:FEW])
         more = f" and {len(left_out) - FEW} more" if len(left_out) > FEW else ""
-        tell(f"{done.bad_samples}: left out {len(left_out)} that cannot be read: {named}{more}")
+        say(f"{done.bad_samples}: left out {len(left_out)} that cannot be read: {named}{more}")
     return done
 
 

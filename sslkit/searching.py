@@ -65,12 +65,12 @@ def command(
 ) -> None:  # fmt: skip
     """What the command does; its options are in `sslkit.cli_use`."""
 
-    def tell(text: str) -> None:
+    def say(text: str) -> None:
         print(printable(text), file=sys.stderr if as_json else sys.stdout)
 
     found = search(
         run, queries, folder, branch, checkpoint, neighbours=neighbours, device=device, out=None if as_json else out,
-        tell=tell,
+        say=say,
     )  # fmt: skip
     if as_json:
         print(json.dumps([asdict(nearest) for nearest in found], indent=2))
@@ -87,7 +87,7 @@ def search(
     device: Literal["auto", "cpu", "cuda"] = "auto",
     workers: int | None = None,
     out: str | PathLike[str] | None = None,
-    tell: Callable[[str], None] = lambda text: None,
+    say: Callable[[str], None] = lambda text: None,
     allow_local_code: bool = False,
 ) -> list[Nearest]:
     """The images below a folder whose features have the greatest cosine with those of each query.
@@ -103,7 +103,7 @@ def search(
         device: Where to compute; `auto` is CUDA where there is a device.
         workers: Threads that read files; without it one for each core.
         out: A page to write, which ends in `.html`; it is overwritten.
-        tell: Told what is worth a line.
+        say: Told what is worth a line.
 
     Returns:
         What was found for each query, in their order.
@@ -116,13 +116,13 @@ def search(
     named = [fspath(query) for query in ([queries] if isinstance(queries, str | PathLike) else queries)]
     opened = open_run(run_dir, branch, checkpoint, allow_local_code=allow_local_code)
     features, digests = _asked(opened, named, device)
-    file, facts = _bank(opened, Path(folder).expanduser(), workers, device, tell)
+    file, facts = _bank(opened, Path(folder).expanduser(), workers, device, say)
     found = _nearest(file, features, named, digests, neighbours)
     if shown is not None:
         root = Path(facts["folder"])
         page.save(shown, _document(opened, facts, found, root, reader_of(opened, SIDE)))
         each = f"{len(found[0].neighbours)} nearest of {facts['rows']:,} images"
-        tell(f"{shown}: the {each} for {len(named)} {'query' if len(named) == 1 else 'queries'}")
+        say(f"{shown}: the {each} for {len(named)} {'query' if len(named) == 1 else 'queries'}")
     return found
 
 
@@ -152,7 +152,7 @@ def _asked(
 
 def _bank(
     opened: OpenedRun, folder: Path, workers: int | None, device: Literal["auto", "cpu", "cuda"],
-    tell: Callable[[str], None],
+    say: Callable[[str], None],
 ) -> tuple[Path, Mapping[str, Any]]:  # fmt: skip
     """The file of the folder's features, and what it says of itself."""
     own = preparation(opened)
@@ -173,7 +173,7 @@ def _bank(
             file.unlink()
     except OSError as error:
         raise RunFailed(f"{file}: cannot be written: {error.strerror}; set SSLKIT_DATA to a folder that can") from None
-    done = embed_with(opened, folder, file, workers=workers, device=device, restart=True, tell=tell)
+    done = embed_with(opened, folder, file, workers=workers, device=device, restart=True, say=say)
     return file, {**done.facts, "rows": done.rows}
 
 

@@ -194,7 +194,7 @@ def test_killed_before_any_operation_on_files_it_goes_on_to_the_same_bytes(
     going_on = 0
     for kill in kills:
         told: list[str] = []
-        embed(run, plain, kill / "out.parquet", batch=4, tell=told.append)
+        embed(run, plain, kill / "out.parquet", batch=4, say=told.append)
         going_on += any("parts are there already" in line for line in told)
         assert {file.name: file.read_bytes() for file in kill.iterdir()} == wanted, kill.name
     assert going_on > 10, "parts are used again"
@@ -281,7 +281,7 @@ def test_unfinished_parts_of_something_else_are_refused(
     (parts / "state.json").unlink()
     shutil.copytree(parts, tmp_path / "stateless.parquet.parts")
     told: list[str] = []
-    embed(run, plain, tmp_path / "stateless.parquet", checkpoint=5, tell=told.append)
+    embed(run, plain, tmp_path / "stateless.parquet", checkpoint=5, say=told.append)
     assert not any("there already" in line for line in told), "a part says itself what it is of"
     (parts / "state.json").write_text("[]")
     (parts / "mine.txt").touch()
@@ -322,7 +322,7 @@ def test_two_processes_do_not_write_one_output(run: Path, plain: Path, tmp_path:
             met.append(text)
 
     met: list[str] = []
-    embed(run, plain, out, tell=second)
+    embed(run, plain, out, say=second)
     assert met
 
 
