@@ -42,7 +42,7 @@ import pyarrow.parquet as pq
 import pytest
 import tomli_w
 from click.testing import CliRunner
-from conftest import OFFLINE, ROOT, TINY, call, fresh_environment
+from conftest import OFFLINE, ROOT, TINY, call, fresh_environment, noisy_cifar10
 from PIL import Image
 
 from sslkit import doctor, local, registry
@@ -315,7 +315,13 @@ def run_page(page: Path, session: Session) -> None:
             session.run(block)
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=lambda p: str(p.relative_to(ROOT)))
+FEATURES = DOCS / "tutorial" / "from-images-to-features.md"
+"""A page that takes a minute even with few images: the slow tests run it."""
+
+
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks(p) and p != FEATURES], ids=lambda p: str(p.relative_to(ROOT))
+)
 def test_what_a_page_shows_runs(page: Path, folder: Path) -> None:
     run_page(page, Session(folder, whole=False))
 
@@ -323,6 +329,24 @@ def test_what_a_page_shows_runs(page: Path, folder: Path) -> None:
 @pytest.mark.slow
 def test_the_tutorial_says_what_its_trainings_say(folder: Path) -> None:
     run_page(DOCS / "tutorial" / "first-run.md", Session(folder, whole=True))
+
+
+@pytest.mark.slow
+def test_the_way_from_images_to_features(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tutorial at a small size. Its own code compares timm's features with ours and looks for the query."""
+    cifar10 = folder.parent / "data"
+    shutil.rmtree(cifar10 / "cifar10")
+    noisy_cifar10(cifar10, train=640, test=160)
+    run_page(FEATURES, Session(folder, whole=False))
+    assert "largest difference:" in capsys.readouterr().out
+    record = json.loads((folder / "runs/byol_cifar10_cpu/export/sslkit.json").read_text(encoding="utf-8"))
+    assert {check["file"] for check in record["checks"]} == {"model.safetensors", "model.onnx"}
+    assert all(check["largest_difference"] <= check["allowed"] <= 1e-4 for check in record["checks"])
+    protocols = {
+        r["protocol"] for r in json.loads((folder / "runs/byol_cifar10_cpu/evaluation.json").read_text())["records"]
+    }
+    assert protocols >= {"knn", "linear", "finetune", "patches_knn", "patches_linear"}
+    assert "data:image/" in (folder / "near.html").read_text(encoding="utf-8")
 
 
 # ---------------------------------------------------------------- plugins
