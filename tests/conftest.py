@@ -227,6 +227,17 @@ def noisy_cifar10(folder: Path, *, train: int, test: int) -> None:
         pq.write_table(pa.Table.from_pylist(rows), folder / "cifar10" / f"{split}.parquet")
 
 
+def noisy_photos(folder: Path, *, train: int, test: int) -> None:
+    """`folder/images`: noise as JPEG files of many sizes and shapes, in folders of two classes."""
+    pixels = np.random.default_rng(0)
+    for split, images in (("train", train), ("test", test)):
+        for number in range(images):
+            file = folder / "images" / split / "ab"[number % 2] / f"{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            height, width = pixels.integers(20, 60, 2)
+            Image.fromarray(pixels.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(file)
+
+
 @pytest.fixture
 def log(tmp_path: Path) -> Callable[[str], str]:
     """Writes the log of another program and gives its path."""

@@ -316,11 +316,14 @@ def run_page(page: Path, session: Session) -> None:
 
 
 FEATURES = DOCS / "tutorial" / "from-images-to-features.md"
-"""A page that takes a minute even with few images: the slow tests run it."""
+LONG = [DOCS / "how-to" / f"{name}.md" for name in ("evaluate", "export", "make-a-recipe-for-my-images")]
+"""Pages that take half a minute even with few images: the slow tests run them, and FEATURES."""
 
 
 @pytest.mark.parametrize(
-    "page", [p for p in PAGES if blocks(p) and p != FEATURES], ids=lambda p: str(p.relative_to(ROOT))
+    "page",
+    [pytest.param(p, marks=[pytest.mark.slow] * (p in LONG)) for p in PAGES if blocks(p) and p != FEATURES],
+    ids=lambda p: str(p.relative_to(ROOT)),
 )
 def test_what_a_page_shows_runs(page: Path, folder: Path) -> None:
     run_page(page, Session(folder, whole=False))

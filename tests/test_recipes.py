@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
-from conftest import noisy_cifar10
+from conftest import noisy_cifar10, noisy_photos
 
 from sslkit.cli import main
 from sslkit.recipe import parse_recipe, read_recipe
@@ -102,7 +102,14 @@ SMALLER = {
     "dino_cifar10": ["projector.freeze_last_layer_epochs=0.1"],
     "empssl_cifar10": ["train.batch_size=8", "view_generator.views=[{count=4}]"],
     "wmse_cifar10": ["train.batch_size=64", "loss.sub_batch=32", "projector.out_dim=16"],
-}
+    "byol_images96": ["view_generator.size=32", "data_source.size=32"],
+    "byol_images224": ["view_generator.size=32", "data_source.size=32"],
+    "dino_images224": [
+        "backbone.model=vit_tiny_patch16_224", "data_source.size=32", "projector.hidden_dim=256",
+        "projector.out_dim=64", "projector.freeze_last_layer_epochs=0.1", "target_updater.tau.start=0.99",
+        'view_generator.views=[{size=32},{size=32},{count=2,kind="local",size=16}]',
+    ],
+}  # fmt: skip
 """What else a recipe needs, where its own figures do not fit batches of 16."""
 
 
@@ -128,6 +135,20 @@ def test_the_cifar10_recipes_build_without_a_finding_and_take_a_step(
     assert "warning" not in said, said
     (loss,) = [r["loss"] for r in records(f"runs/{name}") if "loss" in r]
     assert math.isfinite(loss)
+
+
+@pytest.mark.parametrize("name", [n for n in NAMES if "images" in n])
+def test_the_recipes_for_folders_cut_views_from_originals_without_a_finding(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noisy_photos(tmp_path, train=160, test=20)
+    monkeypatch.setenv("SSLKIT_DATA", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    said = run("train", name, *small(name), "--set", "train.keep_checkpoints=1", "--steps", "2")
+    assert "warning" not in said, said
+    losses = [r["loss"] for r in records(f"runs/{name}") if "loss" in r]
+    assert len(losses) == 2
+    assert all(map(math.isfinite, losses))
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
-from conftest import ROOT, noisy_cifar10
+from conftest import ROOT, noisy_cifar10, noisy_photos
 from test_faults import QUIET, assert_the_same
 from test_recipes import NAMES, small
 
@@ -25,6 +25,7 @@ STOP, END = 6, 11
 SOONER = {  # the queue from the start, and a last layer that begins to move within the five steps
     "swav_cifar10": ["loss.queue_start_epochs=0.05", "loss.freeze_prototypes_epochs=0.2"],
     "dino_cifar10": ["projector.freeze_last_layer_epochs=0.2"],
+    "dino_images224": ["projector.freeze_last_layer_epochs=0.2"],
 }
 FRESH = ("mocov2_cifar10", "swav_cifar10", "wmse_cifar10")
 """Recipes that go on in a process of their own, which shares nothing with the one before: a shuffle, prototypes and a
@@ -33,15 +34,17 @@ queue, draws in the loss."""
 
 @pytest.fixture(scope="module")
 def noise(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """640 training and 100 test images of noise in CIFAR-10's layout, as a data folder: 40 batches of 16."""
+    """640 training and 100 test images of noise in CIFAR-10's layout, as a data folder, and as many photographs of
+    noise in its folder `images`: 40 batches of 16."""
     folder = tmp_path_factory.mktemp("noise")
     noisy_cifar10(folder, train=640, test=100)
+    noisy_photos(folder, train=640, test=100)
     return folder
 
 
 def arguments(name: str, run: str) -> list[str]:
     changes = [word for setting in SOONER.get(name, []) for word in ("--set", setting)]
-    if "cifar10" in name:
+    if "cifar10" in name or "images" in name:
         changes = [*small(name), *changes]
     else:
         changes += ["--set", "train.log_every=1", "--set", "train.compile=false"]
@@ -56,6 +59,7 @@ def test_five_steps_after_a_checkpoint_are_the_same_and_so_is_the_state(
 ) -> None:
     monkeypatch.setenv("SSLKIT_DATA", str(noise))
     monkeypatch.chdir(tmp_path)
+    Path("images").symlink_to(noise / "images")
     whole = CliRunner().invoke(main, arguments(name, "whole"))
     assert whole.exit_code == 0, whole.output
     shutil.copytree("whole", "parts", ignore=shutil.ignore_patterns(f"step-{END:09d}"))
