@@ -19,6 +19,9 @@ from sslkit.api import Images, RunInfo, ViewMaker
 from sslkit.batch import Batch, Pixels
 from sslkit.viewing import Hands, Viewing, part_of
 
+EVERY_WHOLE = 2**24
+"""Above it float32 has not every whole number. Below, other positions would change what older runs measured."""
+
 RESIDENT_SHARE = 0.25
 """A data set lives on the device if it takes no more than this share of the device's free memory."""
 
@@ -26,6 +29,9 @@ BEGUN = 2
 """Steps whose images are read at a time, so that no thread is idle where one batch ends and the next begins."""
 PATIENCE = 0.5
 """Seconds after which somebody who waits for data looks whether the run has to end."""
+
+LONG_PATIENCE = 10.0
+"""Seconds that a run which ends waits for a reader in the middle of a file, which may be on a drive that is gone."""
 
 
 @dataclass(frozen=True)
@@ -179,8 +185,9 @@ class Feed:
             gave_up = ended.is_set()
             ended.set()
             hands.let_go()
+            patience = PATIENCE if gave_up else LONG_PATIENCE  # one that hangs ends with the process
             for each in (thread, hands):
-                each.join(PATIENCE if gave_up else None)  # one that hangs ends with the process
+                each.join(patience)
 
     def _waited_for(
         self, ready: queue.Queue[Draw | BaseException | None], ended: threading.Event
@@ -200,7 +207,8 @@ def spread(images: Images, number: int) -> Tensor:
     sample: Callable[[int], Tensor] | None = getattr(images, "sample", None)
     if sample:
         return sample(number)
-    return torch.linspace(0, len(images) - 1, min(number, len(images))).long()
+    precise = torch.float64 if len(images) > EVERY_WHOLE else torch.float32
+    return torch.linspace(0, len(images) - 1, min(number, len(images)), dtype=precise).long()
 
 
 def channel_statistics(images: Images) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -162,9 +162,12 @@ def knn_record(
 
 
 def chosen(images: Images, number: int) -> Tensor:
-    """`number` images of the set, the same every time; all of them for 0."""
+    """`number` images of the set, the same every time; all of them for 0. A set in shards chooses what is cheap."""
     if number == 0 or number >= len(images):
         return torch.arange(len(images))
+    sample: Callable[[int], Tensor] | None = getattr(images, "sample", None)
+    if sample:
+        return sample(number)
     order = torch.randperm(len(images), generator=randomness.generator(0, "knn"))
     return order[:number].sort().values
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from itertools import groupby
@@ -71,8 +72,9 @@ class Hands:
 
     def join(self, patience: float | None = None) -> None:
         """Wait, for so many seconds at most, until the threads have ended."""
+        last = None if patience is None else time.monotonic() + patience
         for thread in self._threads:
-            thread.join(patience)
+            thread.join(None if last is None else max(0.0, last - time.monotonic()))
 
     def __enter__(self) -> Hands:
         return self

@@ -25,6 +25,7 @@ from sslkit.build import build, build_views
 from sslkit.data import Draw, Feed, channel_statistics, spread
 from sslkit.distributed import World
 from sslkit.errors import RunFailed, UserError
+from sslkit.features import chosen
 from sslkit.recipe import Recipe, parse_recipe
 from sslkit.run_directory import RunDirectory, read_metrics
 from sslkit.summary import summarise
@@ -165,6 +166,19 @@ def test_a_set_in_shards_gives_its_own_order_keyed_by_the_epoch() -> None:
     assert channel_statistics(f.images) == channel_statistics(first)  # type: ignore[arg-type]
 
 
+def test_the_last_of_very_many_images_is_one_of_them() -> None:
+    class Many:
+        def __len__(self) -> int:
+            return 2**24 + 4
+
+    assert int(spread(Many(), 10)[-1]) == 2**24 + 3  # type: ignore[arg-type]
+
+
+def test_a_set_in_shards_chooses_what_is_measured() -> None:
+    assert torch.equal(chosen(Shards(50), 20), torch.arange(5))  # type: ignore[arg-type]
+    assert torch.equal(chosen(Shards(50), 0), torch.arange(50))  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------- what goes wrong
 
 
@@ -196,6 +210,18 @@ def test_a_run_that_has_to_end_does_not_wait_for_a_file_that_hangs() -> None:
     assert list(f.steps(0, 20)) == []
     assert time.monotonic() - began < 30, "sixty seconds would be the file's"
     hung.set()
+
+
+def test_hands_that_hang_are_waited_for_once() -> None:
+    stuck, hands = threading.Event(), Hands(8)
+    for _ in range(8):
+        hands.give(stuck.wait)  # type: ignore[arg-type]
+    before = time.monotonic()
+    hands.let_go()
+    hands.join(0.2)
+    waited = time.monotonic() - before
+    stuck.set()
+    assert waited < 8 * 0.2
 
 
 def test_hands_that_were_let_go_do_nothing_more() -> None:
