@@ -7,7 +7,6 @@ from conftest import TINY
 from sslkit import registry
 from sslkit.api import Backbone
 from sslkit.build import build, choose_device
-from sslkit.compiling import resolve_compile
 from sslkit.errors import RunFailed, UserError
 from sslkit.recipe import Recipe, parse_recipe
 
@@ -91,17 +90,6 @@ def test_a_loss_that_does_not_add_up_refuses_micro_batches(monkeypatch: pytest.M
     monkeypatch.setattr(CosineLoss, "additive", False)
     with pytest.raises(UserError, match="losses of micro-batches do not add up"):
         build(recipe("train.accumulate=2"), CPU, print)
-
-
-def test_what_auto_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sslkit.compiling._can_compile", lambda: True)
-    auto = recipe("train.compile=auto")
-    assert resolve_compile(auto, 1e8, "cuda").train.compile is False, "a short run does not win the time back"
-    assert resolve_compile(auto, 1e10, "cuda").train.compile is True
-    assert resolve_compile(auto, 1e10, "cpu").train.compile is False
-    monkeypatch.setattr("sslkit.compiling._can_compile", lambda: False)
-    assert resolve_compile(auto, 1e10, "cuda").train.compile is False
-    assert resolve_compile(recipe("train.compile=true"), 1e6, "cpu").train.compile is True
 
 
 def test_parts_that_nothing_would_use_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
