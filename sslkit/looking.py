@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from sslkit.errors import UserError
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -31,6 +33,15 @@ class FileReader(Protocol):
             UserError: it cannot be read; the text completes the sentence "this file ...".
         """
         ...
+
+
+class Unclassed(UserError):
+    """Images lie beside folders of images, so that folders are no classes."""
+
+    def __init__(self, line: str, folder: Path) -> None:
+        super().__init__(line)
+        self.folder = folder
+        """Where they lie."""
 
 
 @dataclass(frozen=True)

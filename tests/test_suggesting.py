@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 import tomllib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -111,6 +113,38 @@ def test_what_cannot_be_read_is_allowed_for_and_named() -> None:
     (line,) = [line for line in made.lines if line.key == "data_source.max_bad"]
     assert line.why == "5 of 400 cannot be read, and are left out: 0.jpg, 1.jpg, 2.jpg and 2 more"
     assert chosen(look(400)).value("data_source.max_bad") is None
+
+
+def test_what_cannot_be_read_is_allowed_for_in_the_set_that_has_most_of_it() -> None:
+    bad = [{"path": "test/a/0.jpg", "problem": "is empty"}]
+    made = chosen(look(100, unreadable=bad, looked_at=108, test_files=8))
+    assert made.value("data_source.max_bad") == pytest.approx(0.126)
+    (line,) = [line for line in made.lines if line.key == "data_source.max_bad"]
+    assert line.why == "1 of 108 cannot be read, and are left out: test/a/0.jpg; 12% of the test images"
+    bad = [{"path": f"train/a/{i}.jpg", "problem": "is empty"} for i in range(10)]
+    assert chosen(look(100, unreadable=bad, looked_at=200, test_files=100)).value("data_source.max_bad") >= 0.1
+
+
+@pytest.mark.parametrize(
+    ("changes", "held"),
+    [
+        ({"classes": dict.fromkeys("abcd", 1)}, False),
+        ({"classes": {"a": 2, "b": 2}}, True),
+        ({"classes": {"a": 2, "b": 1}, "duplicates": [["a/0.png", "a/1.png"]]}, False),
+        ({"classes": {"a": 2, "b": 1}, "duplicates": [["train/a/0.png", "train/a/1.png"]]}, False),
+        ({"classes": {"a": 1, "b": 2}, "duplicates": [["a/0.png", "b/1.png"]]}, False),
+        ({"classes": {"a": 2, "b": 1}, "duplicates": [["a/0.png", "b/1.png"]]}, True),
+        ({"classes": {"a": 2, "b": 1}, "unreadable": [{"path": "a/0.png", "problem": "is empty"}]}, False),
+    ],
+)
+def test_images_are_held_out_where_a_class_has_two_that_differ(changes: dict[str, Any], held: bool) -> None:
+    made = chosen(look(4, **changes))
+    assert made.value("data_source.hold_out") == (0.1 if held else None)
+    (knn,) = [line for line in made.lines if line.key == "observers.0.use"]
+    assert made.value("observers.0.enabled") is (None if held else False), knn
+    if not held:
+        (off,) = [line for line in made.lines if line.key == "observers.0.enabled"]
+        assert off.why.startswith("no class has two images that differ")
 
 
 def test_channels_and_ranges() -> None:
@@ -295,6 +329,59 @@ def test_a_folder_that_nobody_prepared(tmp_path: Path) -> None:
     checked = run("check", "out/r.toml")
     assert checked.exit_code == 0
     assert "no labels: the verdict rests on spread, rank and LiDAR" in checked.output
+
+
+@pytest.mark.parametrize(
+    ("sets", "says"),
+    [
+        (("train/a", "train/b", "test/a", "test/b", "val/a"), "holds both test/ and val/"),
+        (("train/a", "train/b", "test/a", "test/c"), "class folder (c) for which"),
+        (("train/a", "train/b", "other"), "holds train/ beside other"),
+        (("train", "train/a", "test/a"), "train holds images beside folders"),
+        (("", "test"), "is test/ there to test on?"),
+    ],
+)
+def test_test_images_are_never_trained_on(tmp_path: Path, sets: Sequence[str], says: str) -> None:
+    for name in sets:
+        pictures(tmp_path / "p" / name, 6)
+    told = run("init", "p", "--device", "cpu")
+    assert told.exit_code == 2, told.output
+    assert says in told.output.replace("\n", " "), told.output
+    assert not Path("p.toml").exists()
+    if "train/a" in sets and "train" not in sets:
+        assert "`sslkit init p/train` takes" in told.output.replace("\n", " ")
+        alone = run("init", "p/train", "--device", "cpu")
+        assert alone.exit_code == 0, alone.output
+        assert tomllib.loads(Path("train.toml").read_text())["data_source"]["hold_out"] == 0.1
+
+
+def test_an_image_of_each_class_is_enough(tmp_path: Path) -> None:
+    pictures(tmp_path / "p", 16)
+    for file in list((tmp_path / "p").iterdir()):
+        (tmp_path / "p" / file.stem).mkdir()
+        file.rename(tmp_path / "p" / file.stem / "x.png")
+    told = run("init", "p", "--device", "cpu")
+    assert told.exit_code == 0, told.output
+    assert "no class has two images that differ" in told.output.replace("\n", " ")
+    checked = run("check", "p.toml")
+    assert checked.exit_code == 0, checked.output
+
+
+def test_a_broken_image_among_few_to_test_on(tmp_path: Path) -> None:
+    for name, number in (("train/a", 50), ("train/b", 50), ("test/a", 4), ("test/b", 4)):
+        pictures(tmp_path / "p" / name, number)
+    (tmp_path / "p" / "test" / "a" / "0.png").write_bytes(b"")
+    told = run("init", "p", "--device", "cpu")
+    assert told.exit_code == 0, told.output
+    assert run("check", "p.toml").exit_code == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are text elsewhere")
+def test_a_folder_whose_name_is_no_text(tmp_path: Path) -> None:
+    folder = os.fsdecode(b"bad\xff")
+    pictures(tmp_path / folder, 8)
+    with pytest.raises(UserError, match=r"bad\\udcff: is no UTF-8 text.*; rename the folder"):
+        suggesting.init(folder, device="cpu")
 
 
 def test_json_has_look_choices_and_reasons(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sslkit.api import DataInfo
 from sslkit.errors import UserError
+from sslkit.looking import Unclassed
 from sslkit_datasets.images import (
     Finding,
     Fingerprint,
@@ -203,9 +204,10 @@ def list_images(root: Path, info: DataInfo, *, classes: bool = True) -> Listing:
         walked = [*here, *(f"{name}/{below}" for name in folders for below in _walk(root / name, ()))]
     suffixes = SUFFIXES if any(_is_image(name, SUFFIXES) for name in walked) else ARRAYS
     if classes and folders and any(_is_image(name, suffixes) for name in here):
-        raise UserError(
+        raise Unclassed(
             f"{shown(root)} holds images beside folders; put every image into a class folder, or all into one "
-            'folder, or set data_source.classes = "none" to read them all without labels'
+            'folder, or set data_source.classes = "none" to read them all without labels',
+            root,
         )
     names = sorted(name for name in walked if _is_image(name, suffixes))
     if not names:

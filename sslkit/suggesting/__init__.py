@@ -19,7 +19,7 @@ from sslkit.api import DataInfo, DataSource
 from sslkit.build import choose_device
 from sslkit.data import cache_folder
 from sslkit.errors import UserError
-from sslkit.looking import Look
+from sslkit.looking import Look, Unclassed
 from sslkit.preparation import prepare
 from sslkit.progress import say
 from sslkit.recipe import read_recipe
@@ -34,6 +34,8 @@ LOOKED_AT = 20_000
 """Files that are decoded unless told otherwise."""
 LEAST = 4
 """Images below which there is nothing to train on."""
+SETS = ("test", "val")
+"""Folders of images that are hardly there to be trained on."""
 
 
 def init(
@@ -58,6 +60,7 @@ def init(
     root = Path(folder)
     if not root.is_dir():
         raise UserError(f"{folder}: {'is no folder' if root.exists() else 'is not there'}; give a folder of images")
+    _check_text(root.resolve())
     named = name or _name_of(root.resolve())
     path = Path(out or f"{named}.toml")
     if path.exists():
@@ -109,6 +112,14 @@ def _tell(
     say(console, f"  sslkit train {given}")
 
 
+def _check_text(folder: Path) -> None:
+    """Refuse a name that no recipe can hold."""
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{folder}: is no UTF-8 text, as the text of a recipe has to be; rename the folder") from None
+
+
 def _name_of(folder: Path) -> str:
     """A recipe's name after a folder's."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._")[:100]
@@ -122,11 +133,14 @@ def _look(root: Path, asked: int, tell: Callable[[str], None]) -> tuple[Look, bo
     try:
         return source(root=str(root), size=LEAST).look(info, asked or LOOKED_AT), False
     except UserError as error:
-        try:
-            seen = source(root=str(root), size=LEAST, classes="none").look(info, asked or LOOKED_AT)
-        except UserError:
-            raise error from None
-        return seen, True
+        if not isinstance(error, Unclassed) or not error.folder.samefile(root):
+            if (root / "train").is_dir():
+                way = f"`sslkit init {root / 'train'}` takes the images in train/ alone"
+                raise UserError(*error.lines, way) from None
+            raise
+        if held := next((name for name in SETS if (root / name).is_dir()), None):  # all would be trained on
+            raise UserError(*error.lines, f"is {held}/ there to test on? Then put the others into train/") from None
+        return source(root=str(root), size=LEAST, classes="none").look(info, asked or LOOKED_AT), True
 
 
 def _decide(

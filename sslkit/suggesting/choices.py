@@ -10,6 +10,7 @@ from statistics import median
 from sslkit.looking import Look
 from sslkit.suggesting.lines import Choices, power_of_two
 from sslkit.suggesting.methods import Method
+from sslkit.suggesting.usable import broken_shares, holdable
 
 SIZES = ((48, 32), (80, 64), (160, 96))
 """Up to which median side, in pixels, views are how large; above, what the machine can bear."""
@@ -137,7 +138,7 @@ def _data(
     made: Choices, look: Look, machine: Machine, wanted: Wanted, size: int, found: Found | None
 ) -> tuple[int, int | None]:
     """Choose how images are read; how many are trained on, and how many the smallest class has of them."""
-    broken = len(look.unreadable) / max(1, look.looked_at)
+    broken, broken_tests = broken_shares(look)
     train = max(1, math.floor(look.files * (1 - broken)))
     made.add("data_source.use", "folder", f"{look.files:,} image files to train on{_and_test(look)}")
     made.add("data_source.root", wanted.root, "elsewhere: --set data_source.root=FOLDER")
@@ -155,12 +156,13 @@ def _data(
         else:
             made.notes.append(f"16-bit values lie between {low:g} and {high:g} and are scaled by 65,535: look whether "
                               "the views are too dark")  # fmt: skip
-    if broken:
+    if look.unreadable:
         named = ", ".join(str(bad["path"]) for bad in look.unreadable[:3])
         more = f" and {len(look.unreadable) - 3} more" if len(look.unreadable) > 3 else ""
-        share = min(1.0, math.ceil(broken * 1000 + 1) / 1000)
+        share = min(1.0, math.ceil(max(broken, broken_tests) * 1000 + 1) / 1000)
+        worse = f"; {100 * broken_tests:.2g}% of the test images" if broken_tests > broken else ""
         made.add("data_source.max_bad", share, f"{len(look.unreadable)} of {look.looked_at:,} cannot be read, and are "
-                 f"left out: {named}{more}")  # fmt: skip
+                 f"left out: {named}{more}{worse}")  # fmt: skip
     return train, per_class
 
 
@@ -212,6 +214,9 @@ def _labels(made: Choices, look: Look, wanted: Wanted) -> int | None:
     least = min(classes.values())
     if look.test_files:
         return least if len(look.test_classes or {}) > 1 else None
+    if not holdable(look):
+        made.notes.append("no class has two images that differ: none can be held out to measure quality on")
+        return None
     if least < 2:
         made.notes.append(f"{sum(n < 2 for n in classes.values())} of {len(classes)} classes have a single image")
     made.add("data_source.hold_out", HELD_OUT, "of each class: kNN is measured on these, which are not trained on")
@@ -330,7 +335,8 @@ def _observers(made: Choices, look: Look, train: int, per_class: int | None) -> 
     if per_class is None:
         without = (
             "the images have no labels" if not look.classes else
-            "one folder is no choice of classes" if len(look.classes) < 2 else "the test images have no labels"
+            "one folder is no choice of classes" if len(look.classes) < 2 else
+            "the test images have no labels" if look.test_files else "no class has two images that differ"
         )  # fmt: skip
         made.add("observers.0.enabled", False, f"{without}: rank and spread are measured, which find broken runs")
         made.add("observers.1.use", "probe", "a linear classifier beside the run")
