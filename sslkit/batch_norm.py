@@ -57,13 +57,14 @@ def synchronise_batch_norm(network: nn.Module, where: str) -> None:
 def running_statistics(network: nn.Module) -> list[Tensor]:
     """The moving averages of every layer that takes statistics of its own process's share.
 
-    Being averages, their mean over W processes is what one process has with `split:W`.
+    Being averages, their mean over W processes is what one process has with `split:W`. Those of layers in evaluation
+    mode, as frozen ones are, stay as they are: the sum of W equal numbers, divided by W, need not be that number.
     """
     return [
         buffer
         for module in network.modules()
         if isinstance(module, nn.modules.batchnorm._NormBase) or getattr(module, "batch_statistics", False)
-        if not isinstance(module, nn.SyncBatchNorm)
+        if module.training and not isinstance(module, nn.SyncBatchNorm)
         for buffer in module.buffers(recurse=False)
         if buffer.is_floating_point()
     ]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from sslkit.batch_norm import is_normalisation, split_batch_norm
+from sslkit.batch_norm import is_normalisation, running_statistics, split_batch_norm
 from sslkit.errors import UserError
 
 
@@ -91,6 +91,14 @@ def test_running_statistics_take_the_mean_of_the_groups_once_a_batch(groups: int
         means = [torch.stack(values).mean(0) for values in zip(*(buffers(a, suffix) for a in apart), strict=True)]
         torch.testing.assert_close(buffers(made, suffix), means, rtol=1e-12, atol=1e-12)
     assert [int(n) for n in buffers(made, "num_batches_tracked")] == [1, 1, 1]
+
+
+def test_statistics_that_stay_are_not_kept_equal_over_processes():
+    made = network()
+    assert len(running_statistics(made)) == 6
+    made[3].eval()
+    kept = {buffer.data_ptr() for buffer in running_statistics(made)}
+    assert kept == {buffer.data_ptr() for module in (made[1], made[4]) for buffer in list(module.buffers())[:2]}
 
 
 def test_in_evaluation_it_is_the_plain_network():

@@ -127,6 +127,36 @@ def test_batch_norm_in_two_processes_is_that_of_two_groups_in_one(tmp_path: Path
     assert [code for _, code in ended] == [0, 0], ended
 
 
+FROZEN = """
+import torch
+from torch import nn
+from sslkit.batch_norm import running_statistics
+from sslkit.distributed import joined
+from sslkit.freezing import freeze
+
+torch.manual_seed(0)
+network = nn.Sequential(nn.BatchNorm1d(1000), nn.BatchNorm1d(4))
+network[0].running_mean.normal_()
+before = network[0].running_mean.clone()
+freeze(network, None, ["0"])
+with joined(torch.device("cpu")) as (world, _):
+    averaged = before.clone()
+    world.average([averaged])
+    assert not torch.equal(averaged, before), "a third of three times a number may be another number"
+    world.average(running_statistics(network))
+assert len(running_statistics(network)) == 2
+assert torch.equal(network[0].running_mean, before)
+"""
+
+
+@pytest.mark.slow
+def test_frozen_batch_norm_stays_to_the_last_bit_in_three_processes(tmp_path: Path) -> None:
+    script = tmp_path / "frozen.py"
+    script.write_text(FROZEN, encoding="utf-8")
+    ended = run_together([sys.executable, str(script)], 3)
+    assert [code for _, code in ended] == [0] * 3, ended
+
+
 def test_processes_without_torchrun_are_one() -> None:
     with joined(torch.device("cpu")) as (world, device):
         rows = torch.arange(6).view(3, 2)
