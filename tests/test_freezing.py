@@ -18,6 +18,7 @@ from sslkit.freezing import freeze
 from sslkit.preparation import prepare
 from sslkit.recipe import parse_recipe
 from sslkit.rules import Facts
+from sslkit.starting_point import InitFrom
 from sslkit_rules.frozen import frozen_random
 
 OFF = ("health", "probe", "tensorboard", "report")
@@ -124,6 +125,11 @@ def test_frozen_weights_that_were_never_trained_are_warned_of() -> None:
     small = {"pretrained": True, "stem": "small_image"}
     assert "conv1" in seen(train={"freeze": ["conv1", "layer1"]}, backbone=small)
     assert seen(train={"freeze": ["layer1"]}, backbone=small) is None
+    timms = InitFrom(timm="resnet18.a1_in1k").words
+    for pattern in ("conv1", "conv*", "conv1.weight"):
+        assert "conv1" in seen(train={"freeze": [pattern]}, backbone={"stem": "small_image"}, initialised=timms)
+    assert seen(train={"freeze": ["layer1"]}, backbone={"stem": "small_image"}, initialised=timms) is None
+    assert seen(train={"freeze": ["conv1", "layer1"]}, backbone={}, initialised=timms) is None
 
 
 def test_the_rule_is_one() -> None:

@@ -10,12 +10,14 @@ from sslkit_rules.options import listed, option
 
 def _random(facts: Facts) -> str | None:
     frozen = option(facts, "train.freeze")
-    if not frozen or facts.initialised:
+    from_timm = facts.initialised.startswith("timm's ")
+    if not frozen or (facts.initialised and not from_timm):
         return None
-    if not option(facts, "backbone.pretrained"):
+    if not from_timm and not option(facts, "backbone.pretrained"):
         names = [str(name) for name in frozen if not str(name).startswith("patch_embed")]
         return f"{listed(names)}: weights that are drawn from the seed, and stay so" if names else None
-    new_stem = option(facts, "backbone.stem") == "small_image" and any(fnmatchcase("conv1", name) for name in frozen)
+    stem = [name for name in ("conv1", "conv1.weight") if any(fnmatchcase(name, pattern) for pattern in frozen)]
+    new_stem = option(facts, "backbone.stem") == "small_image" and stem
     return "conv1 of the small-image stem is drawn from the seed, pretrained or not, and stays so" if new_stem else None
 
 
