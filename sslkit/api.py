@@ -39,6 +39,7 @@ from sslkit.contracts import (
     OriginalViewMaker,
     ParamGroup,
     Portable,
+    Pretrained,
     RunInfo,
     TargetModule,
     ViewMaker,
@@ -54,9 +55,9 @@ if TYPE_CHECKING:
 __all__ = [
     "API_VERSION", "Backbone", "BackboneModule", "Branches", "Component", "DataInfo", "DataSource", "FileReader",
     "GroupOptions", "Head", "HeadModule", "ImageSet", "Images", "Incidental", "Look", "Loss", "LossModule", "LossTerms",
-    "Needs", "Observer", "Optimizer", "Ordered", "OriginalViewMaker", "Originals", "ParamGroup", "Portable", "RunInfo",
-    "Schedule", "Scheduled", "TargetModule", "TargetUpdater", "Value", "ViewGenerator", "ViewMaker", "ViewSpec", "slot",
-    "value_of",
+    "Needs", "Observer", "Optimizer", "Ordered", "OriginalViewMaker", "Originals", "ParamGroup", "Portable",
+    "Pretrained", "RunInfo", "Schedule", "Scheduled", "TargetModule", "TargetUpdater", "Value", "ViewGenerator",
+    "ViewMaker", "ViewSpec", "slot", "value_of",
 ]  # fmt: skip
 
 # ---------------------------------------------------------------- components
@@ -237,9 +238,8 @@ class Backbone(Component):
         """How a public library builds the same network; None where none does. May be left out."""
         return None
 
-    def pretrained_weights(self, name: str, run: RunInfo) -> Mapping[str, torch.Tensor]:
-        """The state dict of what `build` makes, with the weights that a public library has under this name. May be
-        left out.
+    def pretrained_weights(self, name: str, run: RunInfo) -> Pretrained:
+        """The weights that a public library has under this name, for what `build` makes. May be left out.
 
         Raises:
             UserError: there are none, or they do not fit.

@@ -227,6 +227,16 @@ class Portable:
     `fixed_input_size`."""
 
 
+@dataclass(frozen=True)
+class Pretrained:
+    """Weights that a public library has, for the network that a backbone builds."""
+
+    weights: Mapping[str, Tensor]
+    """The state dict of that network."""
+    original: Mapping[str, Tensor]
+    """The same weights before anything was adapted to it or drawn for it: their digest is what a lock file pins."""
+
+
 class BackboneModule(Protocol):
     """An `nn.Module`: normalised images float `[B, C, h, w]` -> features `[B, feature_dim]`.
 

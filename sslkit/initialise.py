@@ -23,7 +23,7 @@ from sslkit import local, registry
 from sslkit.api import Backbone, RunInfo
 from sslkit.errors import RunFailed, UserError
 from sslkit.recipe import Recipe
-from sslkit.starting_point import InitFrom, Part
+from sslkit.starting_point import PLACES, InitFrom, Part, moved
 from sslkit.weights_files import Import, file_digest, imported, misfit
 from sslkit.words import spoken
 
@@ -207,12 +207,17 @@ def pinned(recipe: Recipe) -> Recipe:
 def seen_from(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with the path in `init_from` as a file in this folder has to say it."""
     given = recipe.init_from
-    if given is None or given.timm is not None:
+    if given is None:
         return recipe
+
+    def relative(path: str) -> str:
+        return Path(os.path.relpath(path, folder)).as_posix()
+
     with suppress(ValueError):  # another drive
-        place = "run" if given.file is None else "file"
-        seen = Path(os.path.relpath(getattr(given, place), folder)).as_posix()
-        return recipe.model_copy(update={"init_from": given.model_copy(update={place: seen})})
+        place = next(name for name in PLACES if getattr(given, name) is not None)
+        path = getattr(given, place)
+        seen = {place: moved(path, relative) if place == "timm" else relative(path)}
+        return recipe.model_copy(update={"init_from": given.model_copy(update=seen)})
     return recipe
 
 

@@ -322,7 +322,7 @@ def _override(tables: dict[str, Any], overrides: Iterable[str], origin: Origin) 
         if keys == ("extends",):
             raise UserError(f"--set {override}: a recipe says in its file what it extends")
         typed = local.anchored({keys[-1]: _typed(raw.strip(), override)}, Path())[keys[-1]]
-        if keys in (("init_from",), ("init_from", "run"), ("init_from", "file")):
+        if keys in (("init_from",), *(("init_from", place) for place in starting_point.PLACES)):
             table = {keys[-1]: typed} if keys[1:] else typed
             path = starting_point.anchored({"init_from": table}, Path())["init_from"]
             typed = path[keys[-1]] if keys[1:] else path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -37,6 +37,8 @@ def _with_backbone(parts: tuple[Part, ...]) -> tuple[Part, ...]:
 
 PLACES = ("run", "timm", "file")
 TIMM = "timm:"
+LOCAL = "local-dir:"
+"""How timm's name of a folder on this machine begins."""
 SUFFIX = ".safetensors"
 
 
@@ -55,7 +57,8 @@ class InitFrom(BaseModel):
     """Directory of a run, or the folder of one of its checkpoints. A path in a recipe is seen from the recipe's
     folder, one in `--set` from the working directory."""
     timm: Annotated[str, StringConstraints(min_length=1)] | None = None
-    """Name of pretrained weights in timm, `resnet50.a1_in1k`, for a backbone that is timm's: they are downloaded."""
+    """Name of pretrained weights in timm, `resnet50.a1_in1k`, for a backbone that is timm's: they are downloaded. Or
+    `local-dir:FOLDER`, where the path is seen as that of a run is."""
     file: Annotated[str, StringConstraints(min_length=1)] | None = None
     """A `.safetensors` file with the state dict of the backbone, as `sslkit export` and timm write it. The path is seen
     as that of a run is."""
@@ -100,9 +103,14 @@ class InitFrom(BaseModel):
     def words(self) -> str:
         """`runs/x, step 840`, `timm's resnet50.a1_in1k`, `weights.safetensors`."""
         if self.run is None:
-            return f"timm's {self.timm}" if self.file is None else str(local.near(Path(self.file)))
+            return f"timm's {self.timm_name}" if self.file is None else str(local.near(Path(self.file)))
         step = f"step {self.checkpoint}" if isinstance(self.checkpoint, int) else f"its {self.checkpoint} checkpoint"
         return f"{local.near(Path(self.run))}, {step}"
+
+    @property
+    def timm_name(self) -> str | None:
+        """What timm is asked for, a folder as a reader would write it."""
+        return self.timm and moved(self.timm, lambda folder: str(local.near(Path(folder))))
 
 
 def _table(value: object) -> object:
@@ -128,12 +136,23 @@ def filled(value: object, info: ValidationInfo) -> object:
     return InitFrom.model_validate_json(json.dumps(table)) if info.mode == "json" else InitFrom.model_validate(table)
 
 
+def moved(name: str, move: Callable[[str], str]) -> str:
+    """A name of timm's, with its path changed where it is that of a folder."""
+    folder = name.removeprefix(LOCAL)
+    return LOCAL + move(folder) if folder and folder != name else name
+
+
 def anchored(tables: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """A copy of a recipe's tables in which `init_from` is a table with an absolute path, seen from a folder."""
     given = _table(tables.get("init_from"))
     if not isinstance(given, dict):
         return dict(tables)
-    paths = {name: given[name] for name in ("run", "file") if isinstance(given.get(name), str) and given[name]}
-    seen = {name: Path(os.path.normpath(Path.cwd() / folder / path)).as_posix() for name, path in paths.items()}
+
+    def absolute(path: str) -> str:
+        return Path(os.path.normpath(Path.cwd() / folder / path)).as_posix()
+
+    seen = {name: absolute(given[name]) for name in ("run", "file") if isinstance(given.get(name), str) and given[name]}
+    if isinstance(given.get("timm"), str):
+        seen["timm"] = moved(given["timm"], absolute)
     # A text that is no path has to become a table, too: other files' tables are laid over it.
     return {**tables, "init_from": {**given, **seen}}

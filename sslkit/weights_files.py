@@ -52,8 +52,9 @@ class Import:
             assert run is not None
             assert self.given.timm is not None
             with randomness.seeded(run.seed, "backbone"):  # what timm has no weights for is drawn
-                self.weights = dict(spec.pretrained_weights(self.given.timm, run))
-            digest = digest_of(self.weights)
+                found = spec.pretrained_weights(self.given.timm, run)
+            self.weights = dict(found.weights)
+            digest = digest_of(found.original)
             if self.given.weights not in (None, digest):
                 raise UserError(
                     f"init_from.weights: names other weights than timm's {self.given.timm} are now; leave "
@@ -71,6 +72,11 @@ class Import:
             if self.given.file is not None:
                 way += ", or name what is to be taken off and left out (init_from.prefix, init_from.ignore)"
             raise UserError(f"init_from: {self.given.words} does not fit the backbone: {problem}; {way}")
+        if wrong := not_finite(self.weights):
+            raise UserError(
+                f"init_from: {self.given.words}: {wrong} has values that are not finite, as the weights of a run that "
+                "diverged have; begin with others"
+            )
         self.taken.append("backbone")
         self.weights = {}
 
@@ -88,7 +94,7 @@ class Import:
 
     def facts(self) -> dict[str, Any]:
         """What `env.json` and every checkpoint record."""
-        place = {"timm": self.given.timm} if self.given.file is None else {"file": self.given.words}
+        place = {"timm": self.given.timm_name} if self.given.file is None else {"file": self.given.words}
         return {
             **place, "weights": self.given.weights, "taken": list(self.taken), "tensors_left": len(self.left),
             "fork": False,
@@ -105,7 +111,23 @@ def misfit(module: nn.Module, weights: Mapping[str, Any]) -> str:
         for name, value in here.items()
         if isinstance(value, Tensor) and isinstance(weights.get(name), Tensor) and value.shape != weights[name].shape
     ]
+    problems += [
+        f"{name} is {_type(weights[name])} there and {_type(value)} here"
+        for name, value in here.items()
+        if isinstance(value, Tensor) and isinstance(weights.get(name), Tensor)
+        if value.is_floating_point() and not weights[name].is_floating_point()
+    ]
     return problems[0] + (f" (and {len(problems) - 1} more)" if len(problems) > 1 else "") if problems else ""
+
+
+def not_finite(weights: Mapping[str, Tensor]) -> str:
+    """The name of the first tensor with NaN or an infinity in it; empty where there is none."""
+    floating = (name for name, value in weights.items() if value.is_floating_point())
+    return next((name for name in floating if not weights[name].float().isfinite().all()), "")
+
+
+def _type(value: Tensor) -> str:
+    return str(value.dtype).removeprefix("torch.")
 
 
 def imported(given: InitFrom) -> Import:

@@ -212,7 +212,8 @@ def test_timm_trains_a_classifier_on_it(exported: dict[str, Path]) -> None:
 def test_an_export_is_somewhere_to_start_from(a_run: OpenedRun, exported: dict[str, Path]) -> None:
     for name in ("usual", "transformer", "two_sizes", "bands"):
         run = opened(a_run, name)
-        found, own = run.spec.pretrained_weights(f"local-dir:{exported[name]}", run.info), run.backbone.state_dict()
+        found = run.spec.pretrained_weights(f"local-dir:{exported[name]}", run.info).weights
+        own = run.backbone.state_dict()
         assert found.keys() == own.keys()
         assert all(torch.equal(found[key], own[key]) for key in own)
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from sslkit.api import RunInfo
 from sslkit.batch import ViewSpec
@@ -211,13 +212,33 @@ def offered(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
 
 def test_weights_that_timm_has_come_by_their_name(offered: dict[str, torch.Tensor]):
     for name in ("resnet10t", "resnet10t.c3_in1k"):
-        found = Timm(model="resnet10t").pretrained_weights(name, RUN)
+        found = Timm(model="resnet10t").pretrained_weights(name, RUN).weights
         assert found.keys() == offered.keys()
         assert all(torch.equal(found[key], offered[key]) for key in offered)
-    small = Timm(model="resnet10t", stem="small_image").pretrained_weights("resnet10t.c3_in1k", RUN)
+    small = Timm(model="resnet10t", stem="small_image").pretrained_weights("resnet10t.c3_in1k", RUN).weights
     assert all(torch.equal(small[key], offered[key]) for key in offered), "a deep stem keeps its weights"
-    grey = Timm(model="resnet10t").pretrained_weights("resnet10t", replace(RUN, channels=1))
+    grey = Timm(model="resnet10t").pretrained_weights("resnet10t", replace(RUN, channels=1)).weights
     assert torch.allclose(grey["conv1.0.weight"], offered["conv1.0.weight"].sum(1, keepdim=True))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "test_vit"])
+def test_what_timm_has_is_the_same_whatever_is_adapted_to_it_or_drawn(name: str, tmp_path: Path):
+    model = timm.create_model(name, num_classes=0)
+    given, facts = model.state_dict(), ("first_conv", "input_size", "fixed_input_size")
+    about = {key: model.pretrained_cfg[key] for key in facts}
+    save_file(given, tmp_path / "model.safetensors")
+    config = {"architecture": name, "num_classes": 0, "pretrained_cfg": about}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    small = {"stem": "small_image"} if name == "resnet18" else {}
+    adapted = []
+    for seed, channels, size in ((0, 3, 32), (1, 1, 64)):
+        torch.manual_seed(seed)
+        told = replace(RUN, channels=channels, views=(ViewSpec(size),))
+        found = Timm(model=name, **small).pretrained_weights(f"local-dir:{tmp_path}", told)
+        assert found.original.keys() == given.keys()
+        assert all(torch.equal(found.original[key], given[key]) for key in given)
+        adapted.append(found.weights)
+    assert any(tensor.shape != adapted[1][key].shape for key, tensor in adapted[0].items())
 
 
 @pytest.mark.parametrize(

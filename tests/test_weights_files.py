@@ -16,12 +16,15 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sslkit
+from sslkit.api import Pretrained
 from sslkit.build import Parts, choose_device
 from sslkit.errors import UserError
 from sslkit.initialise import pinned
+from sslkit.opened_run import digest_of
 from sslkit.preparation import prepare
-from sslkit.recipe import Recipe, parse_recipe
+from sslkit.recipe import Recipe, parse_recipe, read_recipe
 from sslkit.run_directory import read_json, read_metrics
+from sslkit.starting_point import InitFrom
 from sslkit_convnet import ConvNet
 
 OFF = ("health", "probe", "tensorboard", "report")
@@ -107,6 +110,23 @@ def test_what_does_not_fit_is_named(weights: dict[str, Tensor]) -> None:
         {"file": "w.safetensors", "prefix": "x."}
     )
     assert "init_from.ignore: 'fc.*' matches no tensor" in refused({"file": "w.safetensors", "ignore": ["fc.*"]})
+
+
+def test_weights_that_are_no_numbers_to_begin_with_are_named(weights: dict[str, Tensor]) -> None:
+    name = list(weights)[1]
+    for number in (float("nan"), float("inf")):
+        for dtype in (torch.float32, torch.bfloat16):
+            wrong = weights[name].clone().to(dtype)
+            wrong.view(-1)[0] = number
+            save_file({**weights, name: wrong}, "w.safetensors")
+            says = f"init_from: w.safetensors: {name} has values that are not finite"
+            assert refused("w.safetensors").startswith(says)
+    for given in (torch.int8, torch.bool):
+        save_file({**weights, name: weights[name].to(given)}, "w.safetensors")
+        there = str(given).removeprefix("torch.")
+        assert f"does not fit the backbone: {name} is {there} there and float32 here" in refused("w.safetensors")
+    save_file({key: value.half() for key, value in weights.items()}, "w.safetensors")
+    prepared("w.safetensors")
 
 
 def test_files_that_are_none(weights: dict[str, Tensor]) -> None:
@@ -207,10 +227,10 @@ def fetched(weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch) -> list
     """What names the backbone was asked for; what it gives are `weights`, and a number drawn at random."""
     names: list[str] = []
 
-    def given(self: ConvNet, name: str, run: Any) -> dict[str, Tensor]:
+    def given(self: ConvNet, name: str, run: Any) -> Pretrained:
         names.append(name)
         first = next(iter(weights))
-        return {**weights, first: torch.rand(weights[first].shape)}
+        return Pretrained({**weights, first: torch.rand(weights[first].shape)}, weights)
 
     monkeypatch.setattr(ConvNet, "pretrained_weights", given)
     return names
@@ -226,8 +246,32 @@ def test_timms_weights_are_the_backbones_and_what_is_drawn_follows_from_the_seed
     assert same(a.model.online.backbone, b.model.online.backbone.state_dict())
     state = a.model.online.backbone.state_dict()
     assert all(torch.equal(state[name], weights[name]) for name in list(weights)[1:])
-    other = prepared("timm:some.tag", "seed=1").model.online.backbone.state_dict()
+    another = prepared("timm:some.tag", "seed=1")
+    other = another.model.online.backbone.state_dict()
     assert not torch.equal(other[next(iter(weights))], state[next(iter(weights))])
+    digests = {parts.recipe.init_from.weights for parts in (a, b, another)}  # type: ignore[union-attr]
+    assert digests == {digest_of(weights)}, "what is drawn is no part of what timm has"
+
+
+def test_a_folder_of_timms_is_seen_from_the_recipe_and_the_lock_file_from_itself(fetched: list[str]) -> None:
+    Path("deep").mkdir()
+    here = Path.cwd().as_posix()
+    Path("deep/r.toml").write_text('init_from = "timm:local-dir:../rn"\n' + TINY)
+    deep = read_recipe("deep/r.toml")
+    assert deep.init_from == InitFrom(timm=f"local-dir:{here}/rn")
+    assert deep.init_from.words == "timm's local-dir:rn"  # type: ignore[union-attr]
+    for override in ("init_from=timm:local-dir:x", "init_from.timm=local-dir:x"):
+        assert read_recipe("deep/r.toml", [override]).init_from == InitFrom(timm=f"local-dir:{here}/x")
+    for name in ("hf-hub:somebody/rn", "local-dir:"):
+        assert recipe({"timm": name}).init_from == InitFrom(timm=name)
+
+    sslkit.train(deep, run_dir="runs/a", steps=2, quiet=True)
+    assert fetched == [f"local-dir:{here}/rn"]
+    text = Path("runs/a/recipe.lock.toml").read_text()
+    assert "local-dir:../../rn" in text
+    assert parse_recipe(text, "runs/a/recipe.lock.toml").init_from.timm == fetched[0]  # type: ignore[union-attr]
+    assert read_json(Path("runs/a/env.json"))["initialised"]["timm"] == "local-dir:rn"
+    sslkit.train(deep, run_dir="runs/a", steps=3, quiet=True)
 
 
 def test_timms_weights_are_pinned_and_not_fetched_again(fetched: list[str]) -> None:

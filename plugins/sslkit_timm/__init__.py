@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field
 
-from sslkit.api import Backbone, Portable, RunInfo
+from sslkit.api import Backbone, Portable, Pretrained, RunInfo
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import nn
 
 
 class Timm(Backbone):
@@ -45,7 +44,7 @@ class Timm(Backbone):
 
         return portable(self, run)
 
-    def pretrained_weights(self, name: str, run: RunInfo) -> Mapping[str, Tensor]:
+    def pretrained_weights(self, name: str, run: RunInfo) -> Pretrained:
         """The weights that timm has under a name, for the network that `build` makes.
 
         `name` is of the same architecture: with a tag, `resnet50.a1_in1k`; or `local-dir:FOLDER`, `hf-hub:OWNER/NAME`.

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import timm
 import torch
 from timm.models.resnet import ResNet
-from torch import Tensor, nn
+from torch import nn
 
-from sslkit.api import Portable, RunInfo
+from sslkit.api import Portable, Pretrained, RunInfo
 from sslkit.errors import UserError, did_you_mean
 from sslkit_timm.models import arguments_of, build, line, use_small_image_stem
 
@@ -58,24 +58,19 @@ def _small_stem(options: Timm, run: RunInfo) -> tuple[str, ...]:
 # ---------------------------------------------------------------- weights that timm has
 
 
-def pretrained_weights(options: Timm, name: str, run: RunInfo) -> dict[str, Tensor]:
-    """The state dict of what `build` makes, with timm's weights of this name.
+def pretrained_weights(options: Timm, name: str, run: RunInfo) -> Pretrained:
+    """timm's weights of this name, for what `build` makes.
 
     Raises:
         UserError: timm has no such weights, they cannot be had, or they are of another architecture.
     """
     if not name.startswith(SOURCES):
         _check_name(options, name)
-    try:
-        model: nn.Module = timm.create_model(name, pretrained=True, **arguments_of(options, run))
-    except OSError as error:
-        raise UserError(
-            f"init_from.timm: the weights of {name!r} could not be had ({line(error)}); connect to the network once, "
-            "or check the folder"
-        ) from error
-    except Exception as error:  # a stranger's folder may bring about anything
-        raise UserError(f"init_from.timm: timm cannot build {name!r} with its weights: {line(error)}") from error
-    _check_architecture(options, name, _architecture_in(model))
+    with torch.random.fork_rng(devices=[]):  # what is drawn below follows from the seed alone
+        plain = _created(name, num_classes=0)
+    _check_architecture(options, name, _architecture_in(plain))
+    original = plain.state_dict()
+    model = _created(name, **arguments_of(options, run))
     if options.stem == "small_image":
         use_small_image_stem(model, options.model)
     found = model.state_dict()
@@ -88,7 +83,20 @@ def pretrained_weights(options: Timm, name: str, run: RunInfo) -> dict[str, Tens
                 f"init_from.timm: the weights of {name!r} do not fit the backbone: {key} is {there} there and {here} "
                 "here"
             )
-    return found
+    return Pretrained(found, original)
+
+
+def _created(name: str, **arguments: Any) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=True, **arguments)
+    except OSError as error:
+        raise UserError(
+            f"init_from.timm: the weights of {name!r} could not be had ({line(error)}); connect to the network once, "
+            "or check the folder"
+        ) from error
+    except Exception as error:  # a stranger's folder may bring about anything
+        raise UserError(f"init_from.timm: timm cannot build {name!r} with its weights: {line(error)}") from error
+    return model
 
 
 def _architecture_in(model: nn.Module) -> str:
