@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import sslkit
+from sslkit import evaluation
 from sslkit.api import Pretrained
 from sslkit.build import Parts, choose_device
 from sslkit.errors import UserError
@@ -286,6 +287,13 @@ def test_timms_weights_are_pinned_and_not_fetched_again(fetched: list[str]) -> N
     changed = lock.replace(init_from={"timm": "some.tag", "weights": "0" * 64})
     with pytest.raises(UserError, match=r"names other weights than timm's some.tag"):
         sslkit.train(changed, run_dir="runs/b", steps=3, quiet=True)
+
+
+def test_what_a_run_began_with_is_measured_beside_it(fetched: list[str]) -> None:
+    sslkit.train(recipe("timm:some.tag"), run_dir="runs/a", steps=2, quiet=True)
+    (record,) = evaluation.evaluate(Path("runs/a"), ["knn"], k=20, bank=200, queries=100).records
+    assert fetched == ["some.tag"] * 2
+    assert 0 < record["initialised"] < 1
 
 
 def test_a_backbone_that_is_not_timms_says_so() -> None:

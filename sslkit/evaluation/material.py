@@ -229,7 +229,7 @@ def _began(material: Material) -> nn.Module:
     backbone = material.opened.initial_backbone()
     start = initialise.find(material.recipe, material.say)
     if start is not None and (start.given.parts is None or "backbone" in start.given.parts):
-        start.take({"backbone": backbone})
+        start.take({"backbone": backbone}, material.opened.spec, material.opened.info)
     return backbone
 
 
