@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import Any
 
 from sslkit import compare_groups
 from sslkit.charts import Chart, Curve, Table, page
-from sslkit.compare_groups import Group
+from sslkit.compare_groups import ABSENT, Group
 from sslkit.describe import as_toml
 from sslkit.errors import SslkitError, UserError, did_you_mean, printable
 from sslkit.page import page_path, save
@@ -36,7 +35,6 @@ DRAWN = {
 """Metrics that are drawn, in this order, where a run recorded them: title and meaning."""
 
 PROTOCOL = ("knn_k", "knn_temperature", "knn_bank", "knn_queries")
-ABSENT = "\N{EN DASH}"
 
 
 @dataclass(frozen=True)
@@ -55,13 +53,13 @@ class Run:
     @property
     def counts_epochs(self) -> bool:
         """Whether every record says where it stands in epochs."""
-        return all(_is_number(record.get("epoch")) for record in self.records)
+        return all(is_number(record.get("epoch")) for record in self.records)
 
     def curve(self, key: str) -> Curve:
         """What was recorded under `key`; what was not finite, and so was recorded as null, is a gap."""
         kept = [record for record in self.records if key in record]
-        values = [record[key] if _is_number(record[key]) else None for record in kept]
-        epochs = [record["epoch"] if _is_number(record.get("epoch")) else record["step"] for record in kept]
+        values = [record[key] if is_number(record[key]) else None for record in kept]
+        epochs = [record["epoch"] if is_number(record.get("epoch")) else record["step"] for record in kept]
         return Curve(self.name, [record["step"] for record in kept], epochs, values)
 
     def points(self, key: str) -> list[tuple[int, float]]:
@@ -71,16 +69,14 @@ class Run:
 
     def accuracy(self) -> str:
         """kNN of the random network and the last one; neither stands in for the other."""
-        points = self.points("knn_top1")
-        if not points:
-            return ABSENT
-        (begun, first), (reached, last) = points[0], points[-1]
-        return f"{ABSENT if begun else f'{first:.4f}'} → {f'{last:.4f}' if reached else ABSENT}"
+        found = first_and_last(self.records)
+        told = (ABSENT if value is None else f"{value:.4f}" for value in found)
+        return ABSENT if found == (None, None) else " → ".join(told)
 
     def protocols(self) -> list[tuple[Any, ...]]:
         """What kNN was measured with, each once; more than one if a run was gone on with differently."""
         measured = (tuple(record.get(name) for name in PROTOCOL) for record in self.records if "knn_top1" in record)
-        return list(dict.fromkeys(protocol for protocol in measured if all(_is_number(part) for part in protocol)))
+        return list(dict.fromkeys(protocol for protocol in measured if all(is_number(part) for part in protocol)))
 
 
 def compare(runs: Sequence[str | Path], out: str | Path, *, group: bool = False) -> None:
@@ -192,16 +188,26 @@ def natural(text: str) -> list[tuple[int, float, str]]:
     return [(0, float(part), part) if place % 2 else (1, 0.0, part) for place, part in enumerate(parts)]
 
 
+def first_and_last(records: Iterable[Any]) -> tuple[float | None, float | None]:
+    """kNN accuracy of the random network, and the last one after some training; None where it was not measured."""
+    known = (record for record in records if isinstance(record, dict) and is_number(record.get("knn_top1")))
+    found = [(record.get("step"), record["knn_top1"]) for record in known]
+    return (
+        found[0][1] if found and found[0][0] == 0 else None,
+        found[-1][1] if found and found[-1][0] != 0 else None,
+    )
+
+
 def _records(path: Path) -> list[dict[str, Any]]:
     try:
         found = read_metrics(path)
     except OSError:
         return []
-    found = [record for record in found if isinstance(record, dict) and _is_number(record.get("step"))]
+    found = [record for record in found if isinstance(record, dict) and is_number(record.get("step"))]
     # A loop of somebody else's may count no epochs; where the steps of one are known, they follow.
     steps = read_json(path / "facts.json").get("steps_per_epoch")
     for record in found:
-        if not _is_number(record.get("epoch")) and _is_number(steps) and steps:
+        if not is_number(record.get("epoch")) and is_number(steps) and steps:
             record["epoch"] = record["step"] / steps
     return found
 
@@ -259,7 +265,8 @@ def summary(runs: Sequence[Run], warnings: Iterable[str] = ()) -> Table:
             run.name,
             run.recipe.name if run.recipe else ABSENT,
             run.recipe.hash() if run.recipe else ABSENT,
-            f"{max(run.records[-1]['step'], run.status.get('step', 0))} of {run.status.get('of', ABSENT)}",
+            f"{max(run.records[-1]['step'], told if is_number(told := run.status.get('step')) else 0)} "
+            f"of {run.status.get('of', ABSENT)}",
             str(run.status.get("status", ABSENT)),
             _from_to(run.points("loss"), ".4f"),
             run.accuracy(),
@@ -354,5 +361,6 @@ def charts(runs: Sequence[Run] | Sequence[Group], warnings: Mapping[str, str]) -
     return drawn
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def is_number(value: object) -> bool:
+    """Whether something that was read from a file is a number that can be reckoned with."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

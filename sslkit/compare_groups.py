@@ -35,7 +35,15 @@ class Group:
 
     @property
     def kept(self) -> Sequence[Run]:
-        """The runs that are averaged."""
+        """The runs that are averaged: of each seed one, since copies of a run are no further draws."""
+        furthest: dict[object, Run] = {}
+        for run in self._sound:
+            if (known := furthest.get(_seed(run))) is None or run.records[-1]["step"] > known.records[-1]["step"]:
+                furthest[_seed(run)] = run
+        return list(furthest.values())
+
+    @property
+    def _sound(self) -> Sequence[Run]:
         return [run for run in self.runs if not _ended_early(run)] or self.runs
 
     @property
@@ -79,9 +87,7 @@ class Group:
         if not points:
             return ABSENT
         step = points[-1][0]
-        found = [value for run in self.kept for at, value in dict(run.points(key)).items() if at == step]
-        sd = f" ± {statistics.stdev(found):{form}}" if len(found) > 1 else ""
-        return f"{points[-1][1]:{form}}{sd} (n {len(found)})"
+        return spread([value for run in self.kept if (value := dict(run.points(key)).get(step)) is not None], form)
 
     def accuracy(self) -> str:
         """kNN of the random networks and the last one; neither stands in for the other."""
@@ -98,15 +104,33 @@ class Group:
 
     def problems(self) -> list[str]:
         """What its reader has to know of its runs."""
-        found = [
-            f"{self.name}: {run.name} is left out of the mean: it {_how(run)} at step {run.records[-1]['step']}"
-            for run in self.runs
-            if run not in self.kept
-        ]
+        kept = {_seed(run): run for run in self.kept}
+        found = []
+        for run in self.runs:
+            if run not in self._sound:
+                why = f"it {_how(run)} at step {run.records[-1]['step']}"
+            elif (other := kept[_seed(run)]).name != run.name:
+                why = f"its seed is that of {other.name}, so it is no other draw"
+            else:
+                continue
+            found.append(f"{self.name}: {run.name} is left out of the mean: {why}")
         behind = [run.name for run in self.kept if run.records[-1]["step"] == self.reached]
         if any(run.records[-1]["step"] > self.reached for run in self.kept):
             found.append(f"{self.name}: is drawn up to step {self.reached}, where {' and '.join(behind)} stands")
         return found
+
+
+def spread(values: Sequence[float], form: str = ".4f") -> str:
+    """`0.9012 ± 0.0034 (n 3)`: mean, standard deviation of the sample, how many."""
+    if not values:
+        return ABSENT
+    sd = f" ± {statistics.stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):{form}}{sd} (n {len(values)})"
+
+
+def _seed(run: Run) -> object:
+    """What no other draw shares; a run whose recipe cannot be read is a draw of its own."""
+    return run.recipe.seed if run.recipe else run.name
 
 
 def _ended_early(run: Run) -> bool:

@@ -368,10 +368,15 @@ def died(status: Mapping[str, Any]) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """The table that a JSON file holds; empty where there is none."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"), parse_int=_integer)
     except (OSError, ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _integer(text: str) -> int | float:
+    """An integer that is a float as well; one of hundreds of digits, which no run writes, is infinite."""
+    return int(text) if len(text) < 300 else float(text)
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -379,7 +384,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     records = []
     for line in (run / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            records.append(json.loads(line))
+            records.append(json.loads(line, parse_int=_integer))
         except (ValueError, RecursionError):
             break
     return records

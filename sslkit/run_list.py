@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from sslkit import doctor
-from sslkit.compare import ABSENT, is_run, natural, run_folders
+from sslkit.compare import first_and_last, is_run, natural, run_folders
+from sslkit.compare_groups import ABSENT
 from sslkit.errors import SslkitError, UserError, printable
 from sslkit.recipe import read_recipe
 from sslkit.run_directory import died, read_json
@@ -96,7 +97,7 @@ def read(path: Path, folder: Path) -> Listed:
         verdict = doctor.examine(course, "", accepted=course.facts.accepted).verdict
     except UserError as error:
         verdict = f"cannot be judged: {error.lines[0].removeprefix(f'{path}: ')}"
-    knn = [(record.get("step"), record["knn_top1"]) for record in records if _number(record.get("knn_top1"))]
+    floor, last = first_and_last(records)
     state = status.get("status")
     return Listed(
         name=path.relative_to(folder).as_posix() if path != folder else path.resolve().name,
@@ -108,14 +109,10 @@ def read(path: Path, folder: Path) -> Listed:
         step=_step(status.get("step")),
         of=_step(status.get("of")),
         verdict=verdict,
-        knn_floor=knn[0][1] if knn and knn[0][0] == 0 else None,
-        knn=knn[-1][1] if knn and knn[-1][0] != 0 else None,
+        knn_floor=floor,
+        knn=last,
         time=_time(status.get("time")),
     )
-
-
-def _number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _step(value: object) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import statistics
 from collections.abc import Callable, Sequence
 from html import unescape
 from pathlib import Path
@@ -18,8 +19,8 @@ from hypothesis import strategies as st
 from test_report_browser import PHONE, Opened, opened, until  # noqa: F401 - a fixture
 
 from sslkit.charts import Curve, Drawings, thinned
-from sslkit.compare import ABSENT, compare, read_runs
-from sslkit.compare_groups import Group, grouped, summary
+from sslkit.compare import compare, read_runs
+from sslkit.compare_groups import ABSENT, Group, grouped, spread, summary
 from sslkit.recipe import parse_recipe
 
 Made = Callable[..., Path]
@@ -110,6 +111,31 @@ def test_mean_and_band_are_numpys(values: list[list[float]]) -> None:
     np.testing.assert_allclose(np.array(curve.values, dtype=float), mean, rtol=1e-12, atol=1e-15)
     np.testing.assert_allclose(np.array(curve.band, dtype=float), np.stack([mean - sd, mean + sd], 1), atol=1e-12)
     assert Group("g", runs).last("x", ".6f") == f"{mean[-1]:.6f} ± {sd[-1]:.6f} (n {len(values)})"
+
+
+def test_the_spread_is_that_of_a_sample() -> None:
+    values = [0.5, 0.7, 0.9]
+    assert spread(values) == f"0.7000 ± {statistics.stdev(values):.4f} (n 3)"
+    assert spread(values[:1], ".1f") == "0.5 (n 1)"
+    assert spread([]) == ABSENT
+
+
+def test_copies_of_a_run_are_one_draw(made: Made) -> None:
+    """Else the spread of one run, copied, would be nought. The copy that got furthest counts."""
+    [group] = groups(
+        made("g/a", knn=(0.1, 0.5)), made("g/b", knn=(0.1, 0.6, 0.7)), made("g/c", "seed=1", knn=(0.1, 0.4, 0.5)),
+        made("g/d", "seed=1", knn=(0.1, 0.9), status="failed"),
+    )  # fmt: skip
+    assert group.accuracy() == f"0.1000 → {spread([0.7, 0.5])}"
+    assert group.problems() == [
+        "g: a is left out of the mean: its seed is that of b, so it is no other draw",
+        "g: d is left out of the mean: it failed at step 10",
+    ]
+    [row] = summary([group]).rows
+    assert row[1] == "2 of 4"
+    [copies] = groups(made("h/a"), made("h/b"))
+    assert copies.accuracy() == "0.1000 → 0.5000 (n 1)"
+    assert copies.curve("loss").band == ()
 
 
 def test_a_single_run_has_no_band_and_no_spread(made: Made) -> None:

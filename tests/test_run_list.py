@@ -14,7 +14,7 @@ from conftest import ROOT, TINY, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit.compare import ABSENT
+from sslkit.compare_groups import ABSENT
 from sslkit.recipe import parse_recipe
 from sslkit.run_list import age, aligned, listed
 
@@ -79,6 +79,30 @@ def test_whatever_a_file_holds_the_run_is_listed(tmp_path: Path, name: str, text
     result = run("runs", str(tmp_path / "runs"))
     assert result.exit_code == 0
     assert [line.split()[0] for line in result.output.splitlines()] == ["run", "broken", "sound"]
+
+
+@pytest.mark.parametrize(
+    ("name", "digits"),
+    [
+        ("metrics.jsonl", 299),
+        ("metrics.jsonl", 400),
+        ("metrics.jsonl", 5000),
+        ("status.json", 400),
+        ("facts.json", 400),
+    ],
+)
+def test_a_number_that_no_machine_holds_hides_no_run(tmp_path: Path, name: str, digits: int) -> None:
+    path = made(tmp_path / "runs/broken")
+    made(tmp_path / "runs/sound")
+    before = (path / "metrics.jsonl").read_text() if name == "metrics.jsonl" else ""
+    for key in ("step", "of", "pid", "epoch", "knn_top1", "loss", "effective_rank", "steps_per_epoch"):
+        told = json.dumps({"status": "running", "step": 30, "epoch": 3.0} | {key: "HUGE"})
+        (path / name).write_text(before + told.replace('"HUGE"', "9" * digits), encoding="utf-8")
+        result = run("runs", str(tmp_path / "runs"))
+        assert result.exit_code == 0
+        assert [line.split()[0] for line in result.output.splitlines()] == ["run", "broken", "sound"]
+        compared = run("compare", "--group", str(tmp_path / "runs"), "--out", str(tmp_path / "compare.html"))
+        assert compared.exit_code == 0, compared.output
 
 
 def test_a_link_that_leads_out_is_told_in_the_verdict(tmp_path: Path) -> None:

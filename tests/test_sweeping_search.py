@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,15 @@ import torch
 from conftest import TINY, run
 
 import sslkit
+from sslkit import sweeping
 from sslkit.build import open_data
-from sslkit.errors import UserError
+from sslkit.errors import RunFailed, UserError
 from sslkit.run_directory import read_json, read_metrics
 from sslkit.sweeping import held_out, pool, search, spaces
 from sslkit.sweeping.pool import Task, Work
+
+STRANGE = ("NaN", "1" + "0" * 400)
+"""Values that JSON may have, and nothing can be reckoned with."""
 
 
 def pretend(task: Task) -> int:
@@ -27,8 +33,10 @@ def pretend(task: Task) -> int:
         sets = dict(task.arguments[i + 1].split("=", 1) for i, a in enumerate(task.arguments) if a == "--set")
         folder = Path(task.arguments[task.arguments.index("--run-dir") + 1])
         folder.mkdir(parents=True, exist_ok=True)
-        if os.environ.get("FAKE_SOME") and "trial-0001" in str(folder):
-            return 1
+        with Path("calls.txt").open("a") as calls:
+            calls.write(f"{task.name}\n")
+        if os.environ.get("FAKE_SOME") and "trial-0001/seed-0" in task.name:
+            return int(os.environ["FAKE_SOME"])
         asked = [float(sets["optimizer.lr.peak"]), int(sets["seed"])]
         (folder / "asked.json").write_text(json.dumps(asked))
         (folder / "status.json").write_text(json.dumps({"status": "done", "step": 20, "of": 20}))
@@ -37,6 +45,11 @@ def pretend(task: Task) -> int:
     if os.environ.get("FAKE_MEASURE") == "mistake":
         task.log.write_text("labels: are missing\n")
         return 2
+    if (said := os.environ.get("FAKE_MEASURE", "")) in STRANGE:
+        (folder / search.FIGURE).write_text(f'{{"by": "{by}", "value": {said}}}')
+        return 0
+    if os.environ.get("FAKE_MEASURE") == "killed":
+        return -9
     peak, seed = json.loads((folder / "asked.json").read_text())
     value = 1 - abs(math.log10(peak) + 1) + seed / 100  # the best is 0.1
     (folder / search.FIGURE).write_text(json.dumps({"by": by, "value": value}))
@@ -203,6 +216,98 @@ def test_a_figure_that_cannot_be_measured_is_told(
     assert "FAILED: its figure could not be measured: labels: are missing" in output
 
 
+@pytest.mark.parametrize("value", STRANGE)
+def test_a_figure_that_is_not_finite_is_a_trial_that_failed(
+    faked: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, value: str
+) -> None:
+    monkeypatch.setenv("FAKE_MEASURE", value)
+    code, output = faked("--trials", "2")
+    assert (code, output.count("FAILED: its figure could not be measured")) == (1, 2), output
+    assert [trial["value"] for trial in trials()] == [None, None]
+    monkeypatch.delenv("FAKE_MEASURE")
+    assert faked("--trials", "3")[0] == 1
+    assert [trial["value"] is None for trial in trials()] == [True, True, False], "the search goes on"
+
+
+@pytest.mark.parametrize("variable", ["FAKE_SOME", "FAKE_MEASURE"])
+def test_what_was_killed_is_gone_on_with_by_the_same_command(
+    faked: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    """A run, or a measurement: want of memory says nothing of the values."""
+    assert faked("--trials", "3", "--dir", "whole")[0] == 0
+    monkeypatch.setenv(variable, {"FAKE_SOME": "-9", "FAKE_MEASURE": "killed"}[variable])
+    code, output = faked("--trials", "3", "--dir", "parts")
+    assert code == 1
+    assert "FAILED: killed by SIGKILL" in output
+    assert "the same command goes on with it" in output
+    assert not any("problem" in trial or trial.get("value", 0) is None for trial in trials("parts"))
+    monkeypatch.delenv(variable)
+    code, output = faked("--trials", "3", "--dir", "parts")
+    assert code == 0, output
+    assert all(trial["value"] is not None for trial in trials("parts"))
+    assert trials("parts")[0] == trials("whole")[0]
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_trial_that_failed_is_trained_with_no_other_seed(
+    faked: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch, jobs: int
+) -> None:
+    monkeypatch.setenv("FAKE_SOME", "1")
+    code, output = faked("--trials", "3", "--seeds", "3", "--jobs", str(jobs), "--device", "cpu")
+    assert code == 1
+    assert [trial["value"] is None for trial in trials()] == [False, True, False]
+    assert (begun := Path("calls.txt").read_text().count("trial-0001")) in range(1, jobs + 1), "one may be on its way"
+    assert "trial 1: has no figure now, so" in output
+    assert "[9/9] " in output
+    assert faked("--trials", "3", "--seeds", "3", "--device", "cpu")[0] == 1
+    assert Path("calls.txt").read_text().count("trial-0001") == begun
+
+
+def test_what_another_search_noted_meanwhile_is_kept(
+    faked: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between a search's first look at the folder and its lock another one comes and goes."""
+    assert faked("--trials", "2", "--dir", "other")[0] == 0
+    plain = sweeping.held
+
+    @contextmanager
+    def after_another(folder: Path) -> Iterator[None]:
+        shutil.copytree("other", folder)
+        with plain(folder):
+            yield
+
+    monkeypatch.setattr(sweeping, "held", after_another)
+    assert faked("--trials", "3", "--dir", "mine")[0] == 0
+    assert trials("mine")[:2] == trials("other")
+    assert len(trials("mine")) == 3
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"values": {}}, "the values of trial 0"),
+        ({"values": {"optimizer.lr.peak": "x"}}, "the values of trial 0"),
+        ({"values": {"optimizer.lr.peak": "5"}}, "the values of trial 0"),
+        ({"values": {"optimizer.lr.peak": "0.1 --x"}}, "the values of trial 0"),
+        ({"value": math.nan}, "search.trials.0.value"),
+        ({"figures": {"seed-0": 10**400}}, "search.trials.0.figures.seed-0"),
+        ({"figures": 1}, "search.trials.0.figures"),
+    ],
+)
+def test_trials_of_a_stranger_are_held_to_their_form(
+    faked: Callable[..., tuple[int, str]], changed: dict[str, Any], said: str
+) -> None:
+    faked("--trials", "1")
+    path = Path("runs/tiny-sweep/sweep.json")
+    note = json.loads(path.read_text())
+    note["search"]["trials"][0] |= changed
+    path.write_text(json.dumps(note))
+    code, output = faked("--trials", "2")
+    assert code == 2
+    assert output.startswith(f"{path}: cannot be read ({said}")
+    assert output.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("changed", "named"),
     [(["--seeds", "2"], "seeds"), (["--steps", "5"], "steps"), (["--by", "lidar"], "by")],
@@ -300,6 +405,28 @@ def test_without_labels_lidar_is_taken_and_knn_refused(trained: Path, monkeypatc
 def test_a_mistake_while_measuring_is_a_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert held_out.main(str(tmp_path), "auto", "cpu") == 2
     assert capsys.readouterr().out.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("by", "weight"),
+    [("knn_held_out", math.nan), ("knn_held_out", math.inf), ("knn_held_out", 1e30), ("lidar", math.nan)],
+)
+def test_a_network_whose_outputs_are_not_finite_has_no_figure(
+    trained: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], by: str, weight: float
+) -> None:
+    """Its neighbours would be chance. 1e30 is finite, but has no length in float32 that a cosine could be made of."""
+    plain = held_out._placed
+
+    def spoilt(*arguments: Any) -> torch.nn.Module:
+        module = plain(*arguments)
+        module.register_forward_hook(lambda _, __, out: torch.where(torch.arange(len(out))[:, None] == 0, weight, out))
+        return module
+
+    monkeypatch.setattr(held_out, "_placed", spoilt)
+    with pytest.raises(RunFailed, match=f"at step 10 the network's outputs are not finite, so it has no {by}"):
+        held_out.measure(trained, by, "cpu", allow_local_code=False)
+    assert held_out.main(str(trained), by, "cpu") == 1
+    assert capsys.readouterr().out.splitlines()[-1].startswith(str(trained))
 
 
 def test_the_figure_is_left_in_the_run(trained: Path, capsys: pytest.CaptureFixture[str]) -> None:

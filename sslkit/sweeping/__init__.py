@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shlex
 import signal
-import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from sslkit.compare import first_and_last
+from sslkit.compare_groups import spread
 from sslkit.errors import UserError, printable
 from sslkit.recipe import Recipe
 from sslkit.run_directory import cannot_lock, read_metrics
@@ -57,19 +58,24 @@ def command(
     combinations = plan.combinations(asked)
     first = plan.check_all(recipe, overrides, combinations)
     place = folder_of(folder, first)
-    note = plan.noted(place, recipe, overrides, list(asked), combinations[0])
-    if note.search is not None:
-        raise UserError(f"{place}: holds a search; choose another --dir")
-    runs = [
-        Job(f"{name}/seed-{seed}", place / name / f"seed-{seed}", plan.settings(overrides, values, seed), how)
-        for values in combinations
-        for name in [note.folder_of(values)]
-        for seed in range(first.seed, first.seed + seeds)
-    ]
+
+    def planned() -> tuple[plan.Note, list[Job]]:
+        note = plan.noted(place, recipe, overrides, list(asked), combinations[0])
+        if note.search is not None:
+            raise UserError(f"{place}: holds a search; choose another --dir")
+        return note, [
+            Job(f"{name}/seed-{seed}", place / name / f"seed-{seed}", plan.settings(overrides, values, seed), how)
+            for values in combinations
+            for name in [note.folder_of(values)]
+            for seed in range(first.seed, first.seed + seeds)
+        ]
+
+    _, runs = planned()  # what does not fit is refused before anything is written
     if dry_run:
         show(runs)
         return 0
     with held(place):
+        note, runs = planned()  # another sweep may have been here since
         note.write()
         work = Grid(runs, say)
         received = pool.run(work, pool.places(min(jobs, len(runs)), device))
@@ -140,22 +146,13 @@ def summarise(folder: Path, runs: Sequence[Job]) -> None:
     say(f"compare them: sslkit compare --group {shlex.quote(str(folder))}")
 
 
-def spread(values: Sequence[float]) -> str:
-    """`0.9012 ± 0.0034 (n 3)`: mean, standard deviation of the sample, how many."""
-    if not values:
-        return "-"
-    sd = f" ± {statistics.stdev(values):.4f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.4f}{sd} (n {len(values)})"
-
-
 def _accuracy(job: Job) -> list[float]:
-    """The last accuracy of a run that is finished."""
+    """The last accuracy of a run that is finished; the random network's is none of it."""
     try:
-        records = read_metrics(job.directory) if job.finished() else []
+        _, last = first_and_last(read_metrics(job.directory) if job.finished() else [])
     except OSError:
         return []
-    measured = [r["knn_top1"] for r in records if isinstance(r, dict) and isinstance(r.get("knn_top1"), int | float)]
-    return measured[-1:]
+    return [] if last is None else [last]
 
 
 def ended(received: int | None, failed: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, cast
@@ -13,7 +14,7 @@ from torch import Tensor
 from sslkit import features, health, local, randomness
 from sslkit.api import ImageSet
 from sslkit.build import choose_device, open_data
-from sslkit.errors import SslkitError, UserError
+from sslkit.errors import RunFailed, SslkitError, UserError
 from sslkit.files import in_one_piece
 from sslkit.opened_run import OpenedRun, open_run
 from sslkit.run_directory import read_metrics
@@ -37,6 +38,7 @@ def measure(run: Path, by: str, device: str, *, allow_local_code: bool) -> dict[
 
     Raises:
         UserError: the run or its data cannot be opened, or they have no labels and need them.
+        RunFailed: what the network makes of the images is not finite.
     """
     where = choose_device(device)
     opened = open_run(run, allow_local_code=allow_local_code)
@@ -47,6 +49,8 @@ def measure(run: Path, by: str, device: str, *, allow_local_code: bool) -> dict[
     if chosen == "knn_held_out" and not labelled:
         raise UserError(f"{run}: its training images have no labels; search --by lidar")
     found = _knn(opened, data, where) if chosen == "knn_held_out" else _lidar(opened, data, where)
+    if not math.isfinite(found["value"]):
+        raise RunFailed(f"{run}: at step {opened.step} the network's outputs are not finite, so it has no {chosen}")
     return {"by": chosen, "step": opened.step, **found}
 
 
@@ -69,6 +73,9 @@ def _knn(opened: OpenedRun, data: ImageSet, device: torch.device) -> dict[str, A
         )
         for positions in held_out(labels)
     ]  # fmt: skip
+    # Neighbours are found by cosines: among features without a length any accuracy would be one by chance.
+    if not all(bool(torch.linalg.vector_norm(part.float(), dim=1).isfinite().all()) for part in rows):
+        return {"value": math.nan}
     bank, queries = (labels[positions].to(device) for positions in held_out(labels))
     record = features.knn_record(
         rows[0], bank, rows[1], queries, k=int(measured.get("knn_k", 200)),
@@ -108,7 +115,7 @@ def main(run: str, by: str, device: str, *more: str) -> int:
         with in_one_piece(Path(run) / FIGURE) as staging:
             staging.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     except SslkitError as error:
-        print(*error.lines, sep="\n")
+        print(*error.lines, sep="\n  ")  # the log's reader takes the last line at the margin for what happened
         return error.exit_code
     print(f"{found['by']}: {found['value']:.4f}")
     return 0

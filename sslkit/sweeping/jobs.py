@@ -10,13 +10,13 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from sslkit import doctor, local
+from sslkit.compare import first_and_last
 from sslkit.errors import UserError, printable
 from sslkit.run_directory import cannot_lock, read_json, read_metrics, refuse_strays
 from sslkit.stopping import ASKING
 from sslkit.sweeping.pool import Task
 
 LOG = "log.txt"
-
 
 INTERRUPTED = 130
 ASKED = tuple(int(getattr(signal, name)) for name in ASKING if hasattr(signal, name))
@@ -107,34 +107,37 @@ class Job:
             return Outcome("ended", f"{word}{where}; the same command goes on with it")
         if code < 0:
             return Outcome("failed", f"killed by {_signal(-code)}{where}; the same command goes on with it")
-        said = last_line(self.directory / LOG) or f"ended with {code}"
-        return Outcome("failed", f"{said} (all of it: {self.directory / LOG})")
+        told = said(self.directory / LOG)
+        # The run's own word for what happened; below it in the log is what to do about it. That of an earlier
+        # attempt is not in the log of this one.
+        message = status.get("message")
+        happened = message if message in told else told[-1] if told else f"ended with {code}"
+        return Outcome("failed", f"{happened} (all of it: {self.directory / LOG})")
 
     def figures(self) -> str:
         """Where the run stands, in a few words."""
         try:
-            records = [record for record in read_metrics(self.directory) if isinstance(record, dict)]
+            floor, last = first_and_last(read_metrics(self.directory))
             verdict = doctor.examine_run(self.directory).verdict
         except (OSError, UserError):
             return ""
-        knn = [(r.get("step"), r["knn_top1"]) for r in records if isinstance(r.get("knn_top1"), int | float)]
-        floor = f"{knn[0][1]:.4f} -> " if knn and knn[0][0] == 0 and len(knn) > 1 else ""
-        return f"{f'kNN top-1 {floor}{knn[-1][1]:.4f}, ' if knn else ''}{verdict}"
+        known = " -> ".join(f"{value:.4f}" for value in (floor, last) if value is not None)
+        where = " before training" if last is None else ""
+        return f"{f'kNN top-1 {known}{where}, ' if known else ''}{verdict}"
 
 
-def last_line(log: Path) -> str:
-    """The last line of a log that begins at its margin, since those below it explain it; empty if nothing was said
-    since the last command."""
+def said(log: Path) -> list[str]:
+    """The last lines of a log since the last command in it, but for indented ones, which explain those above them."""
     try:
         with log.open("rb") as file:
             file.seek(0, 2)
             file.seek(max(0, file.tell() - 20_000))
             text = file.read().decode("utf-8", "replace")
     except OSError:
-        return ""
-    lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    said = next((line for line in reversed(lines) if not line[0].isspace()), "")
-    return "" if said.startswith("$ ") else printable(said)
+        return []
+    lines = [printable(line.rstrip()) for line in text.splitlines() if line.strip() and not line[0].isspace()]
+    begun = max((place for place, line in enumerate(lines) if line.startswith("$ ")), default=-1)
+    return lines[begun + 1 :]
 
 
 def _signal(number: int) -> str:

@@ -7,8 +7,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from sslkit.diff import differences
 from sslkit.errors import RunFailed, UserError
@@ -158,6 +160,50 @@ def _short(key: str, keys: Sequence[str]) -> str:
 # ---------------------------------------------------------------- the note
 
 
+def _within(name: str) -> str:
+    """A folder's name, and not a way to another place, as a file of a stranger might have it."""
+    if name in ("", "..") or any(kind(name).name != name for kind in (PurePosixPath, PureWindowsPath)):
+        raise ValueError("should be the name of a folder")
+    return name
+
+
+class Trial(BaseModel):
+    """What `sweep.json` says of a trial of a search."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    values: dict[str, str]
+    figures: dict[str, FiniteFloat | None]
+    """By seed; None for a run that failed."""
+    value: FiniteFloat | None = None
+    """What came of the trial, once it is over."""
+    problem: str | None = None
+
+
+class Looked(BaseModel):
+    """What `sweep.json` says of a search."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    spaces: dict[str, str]
+    by: str
+    seeds: int
+    steps: int | None
+    trials: list[Trial]
+
+
+class Written(BaseModel):
+    """What `sweep.json` holds, which a stranger may have written."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    recipe: str
+    example: dict[str, str]
+    keys: list[str]
+    folders: dict[Annotated[str, AfterValidator(_within)], dict[str, str]]
+    search: Looked | None = None
+
+
 @dataclass
 class Note:
     """`sweep.json`: what the folder's runs are of. Written before any of them begins."""
@@ -210,11 +256,13 @@ def noted(folder: Path, recipe: str, overrides: Sequence[str], keys: Sequence[st
         return Note(path, made.to_toml(), dict(example), list(keys), {})
     refuse_strays(folder)
     try:
-        note = Note(path=path, **read_json(path))
+        note = Note(path=path, **Written.model_validate(read_json(path)).model_dump(exclude_unset=True))
         before = parse_recipe(note.recipe, str(path))
         again = read_recipe(recipe, settings(overrides, note.example, before.seed))
-    except (TypeError, AttributeError):
-        raise UserError(f"{path}: cannot be read; choose another --dir") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: cannot be read ({where}: {first['msg']}); choose another --dir") from None
     except UserError as error:
         raise UserError(f"{path}: its sweep does not fit this recipe; choose another --dir",
                         *(f"  {line}" for line in error.lines)) from None  # fmt: skip

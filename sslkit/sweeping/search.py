@@ -14,11 +14,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sslkit.compare import is_number
 from sslkit.errors import SslkitError, UserError
 from sslkit.run_directory import read_json
 from sslkit.sweeping import plan, pool, spaces
 from sslkit.sweeping.grid import Progress, Waiting
-from sslkit.sweeping.jobs import ASKED, INTERRUPTED, LOG, How, Job, Outcome, last_line
+from sslkit.sweeping.jobs import ASKED, INTERRUPTED, LOG, How, Job, Outcome, said
 from sslkit.sweeping.pool import Task
 
 FIGURE = "sweep_figure.json"
@@ -50,24 +51,36 @@ def command(
     example = {key: space.high_text for key, space in asked.items()}
     first = plan.check_all(how.recipe, how.overrides, [example])
     place = sweeping.folder_of(folder, first)
-    note = plan.noted(place, how.recipe, how.overrides, list(asked), example)
     settings: dict[str, Any] = {
         "spaces": {key: space.text for key, space in asked.items()}, "by": by or "auto", "seeds": seeds,
         "steps": how.steps,
     }  # fmt: skip
-    known = note.search or {**settings, "trials": []}
-    if note.search is None and note.folders:
-        raise UserError(f"{place}: holds a grid; choose another --dir")
-    for key, value in settings.items():
-        if known.get(key) != value:
-            raise UserError(f"{place}: holds a search with other {key} ({json.dumps(known.get(key))}, now "
-                            f"{json.dumps(value)}), whose figures do not compare; choose another --dir")  # fmt: skip
-    note.search = known
-    search = Search(place, note, asked, how, trials, range(first.seed, first.seed + seeds), jobs)
+
+    def planned() -> plan.Note:
+        note = plan.noted(place, how.recipe, how.overrides, list(asked), example)
+        if note.search is None and note.folders:
+            raise UserError(f"{place}: holds a grid; choose another --dir")
+        note.search = known = note.search or {**settings, "trials": []}
+        for key, value in settings.items():
+            if known[key] != value:
+                raise UserError(
+                    f"{place}: holds a search with other {key} ({json.dumps(known[key])}, now {json.dumps(value)}), "
+                    "whose figures do not compare; choose another --dir"
+                )
+        for number, trial in enumerate(known["trials"]):
+            values = trial["values"]
+            if values.keys() != asked.keys() or not all(asked[key].holds(text) for key, text in values.items()):
+                raise UserError(f"{note.path}: cannot be read (the values of trial {number}); choose another --dir")
+        return note
+
+    note = planned()  # what does not fit is refused before anything is written
     if dry_run:
-        sweeping.say(f"{trials} trials of {seeds} {'run' if seeds == 1 else 'runs'} each, {len(known['trials'])} begun")
+        begun = len(note.search["trials"]) if note.search else 0
+        sweeping.say(f"{trials} trials of {seeds} {'run' if seeds == 1 else 'runs'} each, {begun} begun")
         return 0
     with sweeping.held(place):
+        note = planned()  # another search may have been here since
+        search = Search(place, note, asked, how, trials, range(first.seed, first.seed + seeds), jobs)
         note.write()
         sweeping.say(f"maximised: {MEANING[settings['by']]}")
         received = pool.run(search, pool.places(min(jobs, trials * seeds), how.device))
@@ -102,8 +115,8 @@ class Search:
         self.waiting = Waiting(say)
         self.running: dict[str, tuple[int, Job, bool]] = {}
         """By name: the trial, the run, and whether it is being measured."""
-        self.asked_to_end: set[str] = set()
-        """Runs that somebody asked to end, which are not gone on with by this call."""
+        self.put_off: set[str] = set()
+        """Runs that were asked to end, or killed, which are not gone on with by this call but by the next."""
 
     @property
     def trials(self) -> list[dict[str, Any]]:
@@ -128,7 +141,7 @@ class Search:
                 if "value" in trial:
                     continue
                 for job in self.jobs(number):
-                    settled = job.directory.name in trial["figures"] or job.name in self.asked_to_end
+                    settled = job.directory.name in trial["figures"] or job.name in self.put_off
                     if settled or job.name in self.running or not self.waiting.free(job):
                         continue
                     if task := self._next(number, job):
@@ -160,7 +173,7 @@ class Search:
     def left(self) -> bool:
         """Whether there are runs without a figure, but for those that somebody asked to end."""
         return len(self.trials) < self.number or any(
-            job.directory.name not in trial["figures"] and job.name not in self.asked_to_end
+            job.directory.name not in trial["figures"] and job.name not in self.put_off
             for number, trial in enumerate(self.trials)
             if "value" not in trial
             for job in self.jobs(number)
@@ -170,33 +183,40 @@ class Search:
         """Take down what came of a run or of its measurement."""
         number, job, measured = self.running.pop(task.name)
         outcome = job.outcome(code)
-        if outcome.kind == "ended" or code == INTERRUPTED or -code in ASKED:
-            self.asked_to_end.add(job.name)
-            self.progress.ended(job, replace(outcome, kind="ended"))
+        if "value" in self.trials[number]:  # another of its seeds failed while this one was on its way
+            self.progress.ended(job, outcome)
+        elif outcome.kind == "ended" or code < 0 or code == INTERRUPTED:
+            self.put_off.add(job.name)
+            asked = code == INTERRUPTED or -code in ASKED
+            self.progress.ended(job, replace(outcome, kind="ended") if asked else outcome)
         elif not measured:
             if outcome.kind == "failed":
                 self._settle(number, job, None, outcome)
         else:
             found = read_json(job.directory / FIGURE) if code == 0 else {}
             value = found.get("value")
-            if isinstance(value, int | float):
+            if is_number(value):
                 outcome = replace(outcome, text=f"{found.get('by')} {value:.4f}; {outcome.text}")
                 self._settle(number, job, value, outcome)
             else:
-                said = last_line(job.directory / LOG)
-                self._settle(number, job, None, Outcome("failed", f"its figure could not be measured: {said}"))
+                told = said(job.directory / LOG)[-1:] or [f"ended with {code}"]
+                self._settle(number, job, None, Outcome("failed", f"its figure could not be measured: {told[0]}"))
 
     def _settle(self, number: int, job: Job, value: float | None, outcome: Outcome) -> None:
         trial = self.trials[number]
         trial["figures"][job.directory.name] = value
+        left = [other for other in self.jobs(number) if other.directory.name not in trial["figures"]]
         if value is None:
             trial["problem"] = f"{job.name}: {outcome.text}"
-        if len(trial["figures"]) == len(self.seeds):
-            figures = list(trial["figures"].values())
-            trial["value"] = None if None in figures else statistics.fmean(figures)
+        if value is None or not left:
+            trial["value"] = None if value is None else statistics.fmean(trial["figures"].values())
             self.study.add(trial["values"], trial["value"])
         self.note.write()
         self.progress.ended(job, outcome)
+        if value is None and (spared := [other for other in left if other.name not in self.running]):
+            self.progress.over += len(spared)
+            self._say(f"trial {number}: has no figure now, so {len(spared)} more of its runs "
+                      f"{'is' if len(spared) == 1 else 'are'} left out")  # fmt: skip
 
     def summarise(self) -> None:
         """The best trials, and how the best is trained again."""

@@ -32,6 +32,12 @@ class Space:
         """A value as `--set` takes it."""
         return str(round(value)) if self.whole else repr(float(value))
 
+    def holds(self, text: str) -> bool:
+        """Whether a text is one of its values, as `--set` takes them."""
+        if not (_INTEGER if self.whole else re.compile(_NUMBER)).fullmatch(text):
+            return False
+        return self.low <= float(text) <= self.high
+
     @property
     def low_text(self) -> str:
         """Its lower end as `--set` takes it."""
