@@ -268,6 +268,9 @@ def test_what_another_search_noted_meanwhile_is_kept(
 ) -> None:
     """Between a search's first look at the folder and its lock another one comes and goes."""
     assert faked("--trials", "2", "--dir", "other")[0] == 0
+    note = json.loads(Path("other/sweep.json").read_text())
+    note["search"]["trials"][0]["value"] = 0.123
+    Path("other/sweep.json").write_text(json.dumps(note))
     plain = sweeping.held
 
     @contextmanager
