@@ -135,3 +135,9 @@ def die_with_parent(parent: int | None = None) -> None:
         return
     if os.getppid() != expected:  # it died before the system knew
         signal.raise_signal(signal.SIGTERM)
+
+
+if __name__ == "__main__":  # `PID MODULE ...`: becomes `python -m MODULE ...`, asked to end when PID dies
+    die_with_parent(int(sys.argv[1]))
+    # What the system was told outlives `exec`, so what follows is an ordinary process.
+    os.execv(sys.executable, [sys.executable, "-m", *sys.argv[2:]])

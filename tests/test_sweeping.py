@@ -605,6 +605,7 @@ def begin(folder: Path, *arguments: str) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_what_train_trains(recipe: Path, tmp_path: Path) -> None:
     recipe.write_text(TINY.replace("epochs = 2", "epochs = 1"), encoding="utf-8")
     swept = sweep("--grid", "optimizer.lr.peak=.3", "--steps", "2")

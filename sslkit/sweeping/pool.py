@@ -126,7 +126,7 @@ def start(task: Task, variables: Mapping[str, str]) -> subprocess.Popen[bytes]:
         RunFailed: it cannot be started, or the log cannot be written.
     """
     # Only Linux can tie a process to its parent, and only Unix can become another program in place.
-    follow = ["sslkit.sweeping.follower", str(os.getpid())] if sys.platform.startswith("linux") else []
+    follow = ["sslkit.stopping", str(os.getpid())] if sys.platform.startswith("linux") else []
     command = [sys.executable, "-m", *follow, task.module, *task.arguments]
     try:
         task.log.parent.mkdir(parents=True, exist_ok=True)
