@@ -6,7 +6,7 @@ from typing import Any
 
 import click
 
-from sslkit.cli_options import branch, checkpoint, device, leaving_out, local_code, overriding
+from sslkit.cli_options import branch, checkpoint, device, leaving_out, local_code
 
 
 @click.command()
@@ -74,7 +74,13 @@ def init(folder: str, **how: Any) -> None:
     show_default=True,
     help="Repeat what is drawn at random (splits, batches) so many times: mean and spread.",
 )
-@overriding
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Evaluate on other data, as data_source.root=photos; keys of data_source alone; repeatable.",
+)
 @device
 @click.option("--no-floor", is_flag=True, help="Leave out the random network and raw pixels.")
 @click.option("--no-cache", is_flag=True, help="Compute features anew, and keep none.")

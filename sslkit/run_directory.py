@@ -330,7 +330,12 @@ def refuse_strays(run: Path, *written: str) -> None:
                 inside = Path(os.path.realpath(entry)).is_relative_to(home)
                 if not inside and (written or not entry.is_dir()):
                     raise UserError(f"{entry}: is a link that leads out of the run's directory; remove the link")
-            elif not stat.S_ISREG(mode := entry.lstat().st_mode) and not stat.S_ISDIR(mode):
+                continue
+            try:
+                mode = entry.lstat().st_mode
+            except FileNotFoundError:  # of another process, which has put it into its place by now
+                continue
+            if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
                 raise UserError(f"{entry}: is neither a file nor a folder; remove it")
 
 

@@ -66,7 +66,8 @@ def evaluate(
         seeds: How often what is drawn at random (splits, batches) is drawn.
         floor: Measure the random network and raw pixels, too.
         cache: Use features that were kept, and keep them.
-        overrides: As `sslkit train --set`: other data, `data_source.root=...`, are taken only if they are named so.
+        overrides: Keys of `data_source`, as `sslkit train --set` takes them: `data_source.root=...`. Other data than
+            those of the run are taken only if they are named so.
         device: Where; `auto` is CUDA where there is a device.
         allow_local_code: Let the run's own copies of components in files beside its recipe run.
         say: Told what goes on.
@@ -147,7 +148,7 @@ def _same(opened: Sequence[OpenedRun], wanted: Wanted) -> None:
     """Mean and spread are of runs that differ in their seed alone.
 
     Raises:
-        UserError: they differ in something else, or a run was given twice.
+        UserError: they differ in something else, or two are copies of one, or of one seed.
     """
     if len(opened) < 2:
         return
@@ -169,6 +170,13 @@ def _same(opened: Sequence[OpenedRun], wanted: Wanted) -> None:
                             f"{one.step} ({one.branch}); choose a checkpoint that both have")  # fmt: skip
         if first.facts.get("data_fingerprint") != one.facts.get("data_fingerprint"):
             raise UserError(f"{first.run} and {one.run} were trained on other data; evaluate them one at a time")
+    seeds: dict[object, OpenedRun] = {}
+    for one in opened:
+        for sample in (one.info.seed, one.weights):
+            if (other := seeds.setdefault(sample, one)) is not one:
+                what = f"are both of seed {sample}" if sample == one.info.seed else "have the same weights"
+                raise UserError(f"{other.run} and {one.run} {what}, so they are not two samples of what the training "
+                                "varies by; give runs of different seeds")  # fmt: skip
 
 
 def _evaluate(opened: OpenedRun, wanted: Wanted, device: str, say: Callable[[str], None]) -> Evaluation:
@@ -176,24 +184,25 @@ def _evaluate(opened: OpenedRun, wanted: Wanted, device: str, say: Callable[[str
     from sslkit.evaluation import material as materials
     from sslkit.evaluation import scoring
 
-    told.prepare(opened.run)
+    told.prepare(opened.run, say)
     with local.allowed(opened.allow_local_code):
         material = materials.open_material(opened, wanted.overrides, wanted.queries, device, wanted.cache, say)
         networks = materials.networks(material, wanted.layer, wanted.floor)
         records = []
         for protocol in scoring.protocols_of(material, wanted):
             scores = [scoring.score(material, network, protocol, wanted) for network in networks]
-            record = _record(material, [one for one in scores if one is not None])
-            told.keep(opened.run, [record])
+            record = _record(material, wanted, [one for one in scores if one is not None])
+            told.keep(opened.run, [record], say)
             records.append(record)
     if (opened.run / "report.html").is_file():
         from sslkit import report
 
-        report.write(opened.run)
+        with told.held(opened.run):
+            report.write(opened.run)
     return Evaluation(opened.run, material.recipe.name, material.recipe.seed, records)
 
 
-def _record(material: Material, scores: Sequence[Score]) -> dict[str, Any]:
+def _record(material: Material, wanted: Wanted, scores: Sequence[Score]) -> dict[str, Any]:
     """What `evaluation.json` says of a protocol; docs/reference/evaluation.md promises its keys."""
     import torch
 
@@ -210,6 +219,7 @@ def _record(material: Material, scores: Sequence[Score]) -> dict[str, Any]:
         "branch": opened.branch, "checkpoint": weights, "data": data, "top1": trained.top1, "spread": trained.spread,
         "seeds": list(trained.seeds), **{one.network: one.top1 for one in scores[1:]},
         "chosen": list(trained.chosen), "seconds": round(sum(one.seconds for one in scores), 2),
-        "recipe_hash": material.recipe.hash(), "sslkit": __version__, "torch": torch.__version__,
-        "device": material.device.type, "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "recipe_hash": opened.facts.get("recipe_hash"), "overrides": list(wanted.overrides), "sslkit": __version__,
+        "torch": torch.__version__, "device": material.device.type,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }  # fmt: skip

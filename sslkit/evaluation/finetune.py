@@ -16,7 +16,7 @@ from sslkit import features, randomness, registry
 from sslkit.api import ViewMaker
 from sslkit.errors import UserError
 from sslkit.evaluation.linear import stratified
-from sslkit.evaluation.material import Material, Network, Split
+from sslkit.evaluation.material import Material, Network, Part, Split
 
 RATES = (0.01, 0.03, 0.1)
 BATCH = 128
@@ -116,7 +116,7 @@ def _trained(
     return model
 
 
-def _predicted(material: Material, model: nn.Module, split: Split) -> Tensor:
+def _predicted(material: Material, model: nn.Module, split: Part) -> Tensor:
     return features.features(
         model, split.images, split.where, material.opened.views.clean, material.device, bf16=material.bf16,
         channels_last=material.opened.channels_last,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, Self, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +21,13 @@ from sslkit import features, initialise, local, randomness, registry
 from sslkit.api import Images, ImageSet
 from sslkit.build import choose_device, open_data
 from sslkit.errors import RunFailed, SslkitError, UserError
+from sslkit.evaluation import told
 from sslkit.evaluation.linear import stratified
 from sslkit.files import in_one_piece
 from sslkit.opened_run import OpenedRun, digest_of
 from sslkit.recipe import Recipe
 from sslkit.run_directory import read_metrics
+from sslkit.viewing import Viewing, moved
 
 LABEL_FREE = ("effective_rank", "rankme", "alpha_req", "lidar", "std_sqrt_d")
 """Figures of a run that need no labels."""
@@ -32,28 +36,35 @@ TEST_SHARE = 0.2
 PIXELS = 16
 """Largest side of the pictures whose pixels stand in for features. Larger ones are worse at it and slower: on CIFAR-10
 kNN sorts .334 of them rightly at 16 px, .309 at 32 px."""
-FOLDER = "evaluation"
-"""Where features are kept, in the run's directory."""
 
 
 @dataclass(frozen=True)
-class Split:
-    """Labelled images of one set."""
+class Part:
+    """Images of one set."""
 
     name: str
     images: Images
     where: Tensor
-    """Positions in the set, int64 `[n]`."""
+    """Positions in the set, int64 `[n]`, ascending."""
+
+
+@dataclass(frozen=True)
+class Split(Part):
+    """Images with their labels."""
+
     labels: Tensor
     """int64 `[n]`, on the CPU."""
 
-    def part(self, where: Tensor) -> Split:
+    def part(self, rows: Tensor) -> Self:
         """Some of them, by their rows here."""
-        return replace(self, where=self.where[where], labels=self.labels[where])
+        return replace(self, where=self.where[rows], labels=self.labels[rows])
 
 
 class Exam:
-    """The test labels. Whoever has made all choices asks once, so that none is made by the answer."""
+    """The test labels, which nothing else has.
+
+    Whoever has made all choices asks once, so that none is made by the answer.
+    """
 
     def __init__(self, labels: Tensor) -> None:
         self._labels = labels
@@ -80,7 +91,8 @@ class Material:
     recipe: Recipe
     data: ImageSet
     train: Split
-    test: Split
+    test: Part
+    """Without labels, which the exam has alone."""
     exam: Exam
     classes: int
     held_out: bool
@@ -120,35 +132,46 @@ def open_material(
                         f"{shape[0]}; convert them, or evaluate on others")  # fmt: skip
     if data.train.labels is None or not (data.train.labels >= 0).any():
         raise UserError(_unlabelled(opened.run))
-    train = _labelled("train", data.train, 0)
+    train = _labelled("train", data.train)
     held_out = data.test is None or data.test.labels is None or not (data.test.labels >= 0).any()
     if held_out:
         apart, rest = stratified(train.labels, TEST_SHARE, randomness.generator(0, "evaluation/test"))
         train, test = train.part(rest), train.part(apart)
-        test = test.part(_some(test, queries)) if queries else test
         say("there are no labelled test images: a fifth of the training images is held out, which the encoder has seen")
     else:
-        test = _labelled("test", cast(Images, data.test), queries)
+        test = _labelled("test", cast(Images, data.test))
+    test = some(test, queries)
     classes = 1 + int(max(train.labels.max(), test.labels.max()))
     if len(train.labels.unique()) < 2:
         raise UserError(f"{opened.run}: all its labelled training images are of one class, so there is nothing to "
                         "classify; see that data_source finds the classes")  # fmt: skip
     return Material(
-        opened=opened, recipe=recipe, data=data, train=train, test=test, exam=Exam(test.labels), classes=classes,
-        held_out=held_out, device=choose_device(device), keep=keep, say=say,
+        opened=opened, recipe=recipe, data=data, train=train, test=Part(test.name, test.images, test.where),
+        exam=Exam(test.labels), classes=classes, held_out=held_out, device=choose_device(device), keep=keep, say=say,
     )  # fmt: skip
 
 
-def _labelled(name: str, images: Images, number: int) -> Split:
-    where, labels = features.chosen(images, number), cast(Tensor, images.labels)
-    where = where[labels[where] >= 0]  # -1 is an image without a label
+def _labelled(name: str, images: Images) -> Split:
+    labels = cast(Tensor, images.labels)
+    where = (labels >= 0).nonzero()[:, 0]  # -1 is an image without a label
     return Split(name, images, where, labels[where])
 
 
-def _some(split: Split, number: int) -> Tensor:
-    """Rows of so many of a split, the same every time."""
-    order = torch.randperm(len(split.where), generator=randomness.generator(0, "knn"))
-    return order[:number].sort().values
+def some(split: Split, number: int) -> Split:
+    """So many of a split, the same every time; all for 0. Of a whole set they are those that the observer `knn` takes.
+
+    Where some of the set are not in the split, more of the set are chosen, until so many are.
+    """
+    if number == 0 or number >= len(split.where):
+        return split
+    if len(split.where) == len(split.images):
+        return split.part(features.chosen(split.images, number))
+    asked, rows = number, torch.empty(0)
+    while len(rows) < number:
+        rows = torch.isin(split.where, features.chosen(split.images, asked)).nonzero()[:, 0]
+        asked = min(2 * asked, len(split.images))
+    order = torch.randperm(len(rows), generator=randomness.generator(0, "knn"))
+    return split.part(rows[order[:number].sort().values])
 
 
 def _unlabelled(run: Path) -> str:
@@ -179,6 +202,8 @@ class Network:
     """Its backbone, which fine-tuning begins with; None of raw pixels."""
     weights: str
     """SHA-256 of its weights; of pixels, a word."""
+    layer: str = "backbone"
+    """Whose output the features are."""
 
 
 class Pixels(nn.Module):
@@ -222,7 +247,7 @@ def _network(
     module.to(material.device)
     if material.opened.channels_last:
         module.to(memory_format=torch.channels_last)
-    return Network(name, module, backbone, digest_of(module.state_dict()))
+    return Network(name, module, backbone, digest_of(module.state_dict()), layer)
 
 
 def _began(material: Material) -> nn.Module:
@@ -242,11 +267,12 @@ def _drawn_projector(material: Material, backbone: nn.Module) -> nn.Module:
 # ---------------------------------------------------------------- features
 
 
-def features_of(material: Material, network: Network, split: Split, patches: int = 0) -> Tensor:
+def features_of(material: Material, network: Network, split: Part, patches: int = 0) -> Tensor:
     """float32 `[n, d]` on the device: features of clean images, or, with `patches`, their mean over so many views."""
     key = _key(material, network, split, patches)
     cache = material.known.setdefault(key, features.FeatureCache())
-    path = material.opened.run / FOLDER / f"{network.name}-{split.name}-{key[:16]}.safetensors"
+    kind = f"{network.name}-{split.name}-{material.opened.branch}-{network.layer}-{'patches' if patches else 'clean'}"
+    path = material.opened.run / told.FOLDER / f"{kind}-{key[:16]}.safetensors"
     keep = material.keep and network.name != "pixels"
     if keep and not cache.known:
         _read(path, cache, split)
@@ -267,26 +293,50 @@ def features_of(material: Material, network: Network, split: Split, patches: int
         raise RunFailed(f"{material.opened.run}: features of the {network.name} network are not finite, so nothing can "
                         "be classified by them; `sslkit doctor` says when the run broke")  # fmt: skip
     if keep and _known(cache) > before:
-        _write(path, cache, split)
+        _write(material.opened.run, path, cache, split)
     return rows
 
 
-def _patches(material: Material, network: Network, split: Split, where: Tensor, number: int) -> Tensor:
-    """Each chunk's views are keyed by its first image, so that a whole set has the same views every time."""
-    found = []
+def _patches(material: Material, network: Network, split: Part, where: Tensor, number: int) -> Tensor:
+    """Views are drawn for CHUNK neighbours in the set at a time, for those that are not wanted, too.
+
+    So an image has the same ones whatever else was wanted with it, or before. `where` ascends.
+    """
+    views, size = material.opened.views, features.CHUNK
+    kinds = [spec.kind for spec in views.specs]
+    chosen = [v for v, kind in enumerate(kinds) if kind == "global"] or list(range(len(kinds)))
+    draws = -(-number // len(chosen))
+    viewing, found, cells = Viewing(split.images, views), [], where // size
     autocast = torch.autocast(material.device.type, torch.bfloat16, enabled=material.bf16)
     with features.in_eval_mode(network.module), autocast:
-        for part in where.split(features.CHUNK):
-            rows = features.view_projections(
-                lambda pixels: (pixels, network.module(pixels)), split.images, part, material.opened.views, number,
-                randomness.generator(0, f"evaluation/patches/{split.name}", int(part[0])), material.device,
-                channels_last=material.opened.channels_last,
-            )  # fmt: skip
-            found.append(rows.mean(dim=1))
+        for cell in cells.unique().tolist():
+            neighbours = torch.arange(cell * size, min((cell + 1) * size, len(split.images)))
+            random = randomness.generator(0, f"evaluation/patches/{split.name}", cell)
+            drawn = viewing.draw(neighbours.repeat_interleave(draws), random)
+            for part in where[cells == cell].split(max(1, size // draws)):
+                rows = ((part - cell * size)[:, None] * draws + torch.arange(draws)).flatten()
+                made = _views(viewing, part, {name: values[rows] for name, values in drawn.items()}, material.device)
+                outputs = [network.module(_as_kept(made[v], material)).float() for v in chosen]
+                seen = torch.stack(outputs, dim=1).reshape(len(part), draws * len(chosen), -1)
+                found.append(seen[:, :number].mean(dim=1))
     return torch.cat(found)
 
 
-def _key(material: Material, network: Network, split: Split, patches: int) -> str:
+def _views(viewing: Viewing, part: Tensor, parameters: dict[str, Tensor], device: torch.device) -> list[Tensor]:
+    """Views of these images, each as often in succession as there are rows of parameters for it."""
+    times = len(next(iter(parameters.values()))) // len(part)
+    if viewing.originals:
+        pixels = moved(viewing.read(part.repeat_interleave(times), parameters), device)
+    else:
+        pixels = viewing.images.read(part).to(device).repeat_interleave(times, dim=0)
+    return viewing.make(pixels, {name: values.to(device) for name, values in parameters.items()})
+
+
+def _as_kept(pixels: Tensor, material: Material) -> Tensor:
+    return pixels.contiguous(memory_format=torch.channels_last) if material.opened.channels_last else pixels
+
+
+def _key(material: Material, network: Network, split: Part, patches: int) -> str:
     """Changes whenever the features may; `clean` is known by what it makes of a few pictures of noise."""
     shape = (2, *split.images.read(split.where[:1]).shape[1:])
     noise = torch.randint(0, 256, shape, generator=randomness.generator(0, "noise"), dtype=torch.uint8)
@@ -295,7 +345,7 @@ def _key(material: Material, network: Network, split: Split, patches: int) -> st
         "use": registry.provider_of(type(material.opened.spec)).provenance(), "set": split.name,
         "data": material.data.fingerprint, "clean": digest_of({"": material.opened.views.clean(noise).float()}),
         "bf16": material.bf16, "device": material.device.type, "torch": torch.__version__, "patches": patches,
-        "views": material.recipe.view_generator.model_dump(mode="json") if patches else None,
+        "views": (material.recipe.view_generator.model_dump(mode="json"), features.CHUNK) if patches else None,
     }  # fmt: skip
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -304,7 +354,7 @@ def _known(cache: features.FeatureCache) -> int:
     return sum(len(positions) for positions, _ in cache.known.values())
 
 
-def _read(path: Path, cache: features.FeatureCache, split: Split) -> None:
+def _read(path: Path, cache: features.FeatureCache, split: Part) -> None:
     """What an earlier evaluation kept; a file that is damaged is as one that is not there."""
     try:
         if path.is_symlink() or not path.is_file():
@@ -318,10 +368,17 @@ def _read(path: Path, cache: features.FeatureCache, split: Split) -> None:
         cache.known["features", split.name] = positions, rows
 
 
-def _write(path: Path, cache: features.FeatureCache, split: Split) -> None:
+def _write(run: Path, path: Path, cache: features.FeatureCache, split: Part) -> None:
+    """Keep features, and remove those of the same kind that do not hold any more."""
     positions, rows = cache.known["features", split.name]
+    kind = re.compile(re.escape(path.name.rpartition("-")[0]) + r"-[0-9a-f]{16}\.safetensors")
     try:
-        with in_one_piece(path) as staging:
-            save_file({"positions": positions, "features": rows.cpu().contiguous()}, staging)
+        with told.held(run):
+            with in_one_piece(path) as staging:
+                save_file({"positions": positions, "features": rows.cpu().contiguous()}, staging)
+            for other in list(path.parent.iterdir()):
+                if other != path and kind.fullmatch(other.name):
+                    with contextlib.suppress(OSError):  # it may be in use, on Windows
+                        other.unlink()
     except (OSError, SafetensorError) as error:
         raise RunFailed(f"{path}: cannot be written: {error}; use --no-cache, or make room") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -49,7 +50,7 @@ class Protocol:
     def title(self) -> str:
         """For a row of a table: the name and the options that users choose."""
         told = {"k": "k", "temperature": "T", "bank": "bank", "labels": "labels", "patches": "patches",
-                "epochs": "epochs"}  # fmt: skip
+                "epochs": "epochs", "seeds": "seeds"}  # fmt: skip
         parts = [
             f"{word} {self.options[key]:,}{'%' * (key == 'labels')}"
             for key, word in told.items()
@@ -86,24 +87,40 @@ class Wanted:
         if not self.protocols:
             raise UserError(f"protocols: none is named; choose of {', '.join(NAMES)}")
         for name, least in (("k", 1), ("bank", 0), ("queries", 0), ("patches", 1), ("seeds", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise UserError(f"{name}: should be a whole number of {least} or more, not {value!r}")
-        if self.epochs is not None and (not isinstance(self.epochs, int) or self.epochs < 1):
-            raise UserError(f"epochs: should be a whole number of 1 or more, not {self.epochs!r}")
-        if not isinstance(self.temperature, int | float) or not self.temperature > 0:
-            raise UserError(f"temperature: should be a number above 0, not {self.temperature!r}")
+            _whole(name, getattr(self, name), least)
+        if self.epochs is not None:
+            _whole("epochs", self.epochs, 1)
+        if not _positive(self.temperature):
+            raise UserError(f"temperature: should be a finite number above 0, not {self.temperature!r}")
         if self.layer not in ("backbone", "projection"):
             raise UserError(f"layer: should be 'backbone' or 'projection', not {self.layer!r}")
-        if not self.labels or any(not isinstance(s, int | float) or not 0 < s <= 100 for s in self.labels):
+        if not self.labels or not all(_positive(share) and share <= 100 for share in self.labels):
             raise UserError(f"labels: should be percentages above 0 and up to 100, not {list(self.labels)!r}")
         if self.layer == "projection" and "finetune" in self.protocols:
             raise UserError("layer: finetune trains the backbone; use layer 'backbone', or leave finetune out")
+        for override in self.overrides:
+            key = str(override).partition("=")[0].strip()
+            if not key.startswith("data_source."):
+                raise UserError(f"{key}: cannot be set here: the weights are evaluated as they were trained, on other "
+                                "data at most; set keys of data_source, as data_source.root=..., and train anew for "
+                                "any other")  # fmt: skip
 
     def epochs_of(self, name: str, labels: float = 100) -> int:
         """Epochs of a protocol that trains."""
         by_labels = EPOCHS[name]
         return self.epochs or by_labels[next(share for share in sorted(by_labels) if share >= labels)]
+
+
+def _whole(name: str, value: object, least: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise UserError(f"{name}: should be a whole number of {least} or more, not {value!r}")
+
+
+def _positive(value: object) -> bool:
+    try:
+        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
+    except OverflowError:  # a whole number that no float is as large as
+        return False
 
 
 def percentages(text: str) -> tuple[float, ...]:

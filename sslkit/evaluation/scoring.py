@@ -7,13 +7,12 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sslkit import features, randomness
 from sslkit.errors import UserError
 from sslkit.evaluation import finetune, linear
-from sslkit.evaluation.material import TEST_SHARE, Material, Network, Split, features_of
+from sslkit.evaluation.material import TEST_SHARE, Material, Network, Split, features_of, some
 from sslkit.evaluation.protocols import Protocol, Wanted
 
 BATCH = 512
@@ -53,29 +52,30 @@ def protocols_of(material: Material, wanted: Wanted) -> list[Protocol]:
     number, queries = len(material.train.where), len(material.test.where)
     test = f"{TEST_SHARE:.0%} of train, which the encoder has seen" if material.held_out else "test"
     common = {"precision": "bf16" if material.bf16 else "fp32", "test_set": test, "queries": queries}
-    bank = len(_bank(material, wanted.bank).where)
+    bank = len(some(material.train, wanted.bank).where)
     knn = {"k": min(wanted.k, bank), "temperature": wanted.temperature, "bank": bank, "distance": "cosine"}
     fitted = {"train": number, "standardised": True, "held_out": linear.HELD_OUT}
     swept = {"solver": "L-BFGS", "C": list(linear.STRENGTHS)}
+    drawn = {"seeds": wanted.seeds} if wanted.seeds > 1 else {}
     for name in dict.fromkeys(wanted.protocols):
         if name == "knn":
             found.append(Protocol(name, {**knn, "layer": wanted.layer, **common}))
         elif name == "linear":
-            found.append(Protocol(name, {"layer": wanted.layer, **swept, **fitted, **common}))
+            found.append(Protocol(name, {"layer": wanted.layer, **swept, **fitted, **drawn, **common}))
         elif name == "linear_sgd":
             epochs = {"epochs": wanted.epochs_of(name), "batch": min(BATCH, number), "lr": list(linear.RATES)}
-            found.append(Protocol(name, {"layer": wanted.layer, **epochs, **fitted, **common}))
+            found.append(Protocol(name, {"layer": wanted.layer, **epochs, **fitted, **drawn, **common}))
         elif name == "patches":
             views = {"patches": wanted.patches, "layer": wanted.layer}
             found.append(Protocol("patches_knn", {**views, **knn, **common}))
-            found.append(Protocol("patches_linear", {**views, **swept, **fitted, **common}))
+            found.append(Protocol("patches_linear", {**views, **swept, **fitted, **drawn, **common}))
         else:
-            for share in wanted.labels:
+            for share in dict.fromkeys(int(s) if float(s).is_integer() else s for s in wanted.labels):
                 images = len(finetune.some_labels(material.train, share, 0).where)
                 found.append(Protocol(name, {
                     "labels": share, "images": images, "epochs": wanted.epochs_of(name, share),
                     "batch": min(finetune.BATCH, images), "lr": list(finetune.RATES), "held_out": finetune.HELD_OUT,
-                    "crops": list(finetune.CROPS["scale"]), "flip": finetune.CROPS["flip"], **common,
+                    "crops": list(finetune.CROPS["scale"]), "flip": finetune.CROPS["flip"], **drawn, **common,
                 }))  # fmt: skip
     return found
 
@@ -104,8 +104,8 @@ def _predicted(
         return predict(), chosen
     patches = protocol.options.get("patches", 0)
     by_knn = protocol.name.endswith("knn")
-    train = _bank(material, wanted.bank) if by_knn else material.train
-    rows, queries = (features_of(material, network, split, patches) for split in (train, material.test))
+    train: Split = some(material.train, wanted.bank) if by_knn else material.train
+    rows, queries = (features_of(material, network, images, patches) for images in (train, material.test))
     labels = train.labels.to(rows.device)
     if by_knn:
         k, temperature = protocol.options["k"], protocol.options["temperature"]
@@ -155,11 +155,3 @@ def _split(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
 
 def _right(classifier: linear.Linear, rows: Tensor, labels: Tensor) -> float:
     return float((classifier.predict(rows) == labels).float().mean())
-
-
-def _bank(material: Material, number: int) -> Split:
-    """kNN's bank: the images that the observer of a run takes, too."""
-    if not number:
-        return material.train
-    picked = torch.isin(material.train.where, features.chosen(material.train.images, number))
-    return material.train.part(picked.nonzero()[:, 0])

@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from sslkit.errors import UserError, printable
 from sslkit.files import in_one_piece
-from sslkit.run_directory import cannot_lock, read_json, refuse_strays
+from sslkit.run_directory import cannot_lock, refuse_strays
 
 SCHEMA = 1
 FILE, FOLDER = "evaluation.json", "evaluation"
 FLOORS = ("random", "initialised", "pixels")
 SAME = ("protocol", "options", "branch", "checkpoint", "data", "device")
-"""Keys of a record that say what was measured: a newer one with the same takes an older one's place."""
+"""Keys of a record that say what was measured: a newer one with the same takes an older one's place. What stands beside
+the figure follows from them, and stays where the newer one has none."""
 PATIENCE = 60.0
 """Seconds to wait for another evaluation of the same run, which holds the file for milliseconds."""
 
@@ -60,50 +62,110 @@ class Evaluation:
 # ---------------------------------------------------------------- in the run's directory
 
 
-def prepare(run: Path) -> None:
+def prepare(run: Path, say: Callable[[str], None] = lambda text: None) -> None:
     """Make the folder for features, so that a run that cannot be written to is known before anything is computed.
 
     Raises:
-        UserError: it cannot, or a link in its place leads elsewhere.
+        UserError: it cannot, a link in its place leads elsewhere, or a newer version of sslkit wrote `evaluation.json`.
     """
     folder = run / FOLDER
     if folder.is_symlink():
         raise UserError(f"{folder}: is a link that may lead out of the run's directory; remove the link")
     try:
         folder.mkdir(exist_ok=True)
-        (folder / ".writable").write_bytes(b"")
-        (folder / ".writable").unlink()
+        refuse_strays(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        with held(run):
+            _older(run / FILE, say)
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror or error}; evaluate a copy of the run") from None
-    refuse_strays(folder)
 
 
-def keep(run: Path, records: Iterable[Mapping[str, Any]]) -> None:
+@contextlib.contextmanager
+def held(run: Path) -> Iterator[None]:
+    """Alone among the evaluations of a run, for as long as something is written: what is written has one name.
+
+    Raises:
+        UserError: another one does not end.
+    """
+    lock = run / FOLDER / ".lock"
+    try:
+        mine = None if cannot_lock(lock) else FileLock(lock, timeout=PATIENCE).acquire()
+    except Timeout:
+        raise UserError(f"{run}: another evaluation of it has been writing for {PATIENCE:.0f} seconds; see whether it "
+                        "hangs, and evaluate again") from None  # fmt: skip
+    with mine or contextlib.nullcontext():
+        yield
+
+
+def keep(run: Path, records: Iterable[Mapping[str, Any]], say: Callable[[str], None] = lambda text: None) -> None:
     """Put records into `evaluation.json`, in place of older ones of the same thing.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: it cannot be written, or a newer version of sslkit wrote it.
     """
-    path, lock = run / FILE, run / FOLDER / ".lock"
+    path = run / FILE
     try:
-        with contextlib.nullcontext() if cannot_lock(lock) else FileLock(lock, timeout=PATIENCE):
-            merged: dict[str, Mapping[str, Any]] = {_key(record): record for record in read(run)}
-            merged |= {_key(record): record for record in records}
-            with in_one_piece(path) as staging:
-                staging.write_text(
-                    json.dumps({"schema": SCHEMA, "records": list(merged.values())}, indent=1) + "\n", encoding="utf-8"
-                )
+        with held(run):
+            merged: dict[str, Mapping[str, Any]] = {_key(record): record for record in _older(path, say)}
+            for record in records:
+                older = merged.get(_key(record), {})
+                beside = {name: older[name] for name in FLOORS if name in older and name not in record}
+                merged[_key(record)] = {**record, **beside}
+            _write(path, list(merged.values()))
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def read(run: Path) -> list[dict[str, Any]]:
-    """The records of `evaluation.json`; none where there is no such file, or another program's."""
-    found = read_json(run / FILE)
+    """The records of `evaluation.json`; none where there is no such file.
+
+    Raises:
+        UserError: another version of sslkit wrote it.
+        OSError: it cannot be read.
+    """
+    return _parsed(run / FILE)[0]
+
+
+def _older(path: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """What is there; a file of which a part cannot be read is moved aside, so that nothing in it is lost."""
+    records, sound = _parsed(path)
+    if not sound:
+        beside, number = path.with_name(f"{path.name}.damaged"), 1
+        while beside.exists() or beside.is_symlink():
+            number += 1
+            beside = path.with_name(f"{path.name}.damaged-{number}")
+        path.rename(beside)
+        say(f"{path}: is damaged; it is kept as {beside.name}, and a new one is begun")
+        if records:
+            _write(path, records)
+    return records
+
+
+def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
+    with in_one_piece(path) as staging:
+        staging.write_text(json.dumps({"schema": SCHEMA, "records": records}, indent=1) + "\n", encoding="utf-8")
+
+
+def _parsed(path: Path) -> tuple[list[dict[str, Any]], bool]:
+    """The records of a file, and whether these are all that it has."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return [], True
+    except (ValueError, RecursionError):
+        return [], False
+    if not isinstance(found, dict) or "schema" not in found:
+        return [], False
+    if found["schema"] != SCHEMA:
+        raise UserError(f"{path}: has the schema {found['schema']!r}, and this version of sslkit knows {SCHEMA}; use "
+                        "the version that wrote it, or move it out of the way")  # fmt: skip
     records = found.get("records")
-    if found.get("schema") != SCHEMA or not isinstance(records, list):
-        return []
-    return [record for record in records if isinstance(record, dict) and isinstance(record.get("protocol"), str)]
+    if not isinstance(records, list):
+        return [], False
+    sound = [record for record in records if isinstance(record, dict) and isinstance(record.get("protocol"), str)]
+    return sound, len(sound) == len(records)
 
 
 def _key(record: Mapping[str, Any]) -> str:

@@ -239,7 +239,7 @@ def _evaluated(record: Mapping[str, Any]) -> str:
     how = ", ".join(f"{name} = {value}" for name, value in options.items() if not isinstance(value, dict | list))
     top1 = _figure(record.get("top1"))
     spread = record.get("spread")
-    if isinstance(spread, int | float):
+    if _is_share(spread):
         top1 += f" ± {spread:.4f}"
     images = [f"{data[key]:,} {words}" for key, words in (("train", "training"), ("test", "test"))
               if isinstance(data.get(key), int)]  # fmt: skip
@@ -256,7 +256,11 @@ def _table(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 def _figure(value: object) -> str:
-    return f"{value:.4f}" if isinstance(value, int | float) else "not measured"
+    return f"{value:.4f}" if _is_share(value) else "not measured"
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def _python(*lines: str) -> str:

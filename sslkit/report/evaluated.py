@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from html import escape
 from typing import Any
@@ -49,7 +48,7 @@ def _row(record: Mapping[str, Any], floors: list[str]) -> str:
 
 
 def _accuracy(value: object) -> str:
-    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= 1
     return f"{value:.4f}" if number else ""
 
 

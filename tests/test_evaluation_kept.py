@@ -1,0 +1,271 @@
+"""What evaluations of a run leave behind, for those that come after them and beside them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import run as command
+from filelock import FileLock, Timeout
+from test_evaluation import SMALL, copied, folder_of_images, opened, trained_on
+from torch import Tensor
+
+from sslkit import evaluation, features
+from sslkit.evaluation import material, scoring, told
+from sslkit.evaluation.protocols import Wanted
+from sslkit.exporting import card
+from sslkit.report.evaluated import evaluated
+from sslkit.run_directory import refuse_strays
+
+HUGE = int("1" + "0" * 400)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return copied(tmp_path / "run")
+
+
+class Set:
+    """As many images as are asked for, of which nothing is read."""
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    def __len__(self) -> int:
+        return self.number
+
+
+class Shards(Set):
+    """Gives the first images of a set, or fewer than are asked for."""
+
+    def sample(self, n: int) -> Tensor:
+        return torch.arange(max(1, n - 2))
+
+
+# ---------------------------------------------------------------- which images
+
+
+def test_views_of_an_image_do_not_depend_on_what_was_asked_for_before(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(features, "CHUNK", 64)
+    whole = opened(run, queries=0, keep=False)
+    network = material.networks(whole, "backbone", floor=False)[0]
+    alone = material.features_of(whole, network, whole.test, 3)
+    assert len(alone) > 2 * 64
+    some = opened(run, queries=20)
+    material.features_of(some, network, some.test, 3)
+    later = opened(run, queries=0)
+    said: list[str] = []
+    later.say = said.append
+    torch.testing.assert_close(material.features_of(later, network, later.test, 3), alone, rtol=1e-5, atol=1e-6)
+    assert f"features of {len(alone) - 20}" in said[0], "what was kept is used"
+    rows = alone[torch.searchsorted(whole.test.where, some.test.where)]
+    torch.testing.assert_close(material.features_of(some, network, some.test, 3), rows, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("images", [Set(1000), Shards(1000)])
+def test_so_many_are_chosen_among_labelled_images(images: Set) -> None:
+    labelled = torch.arange(0, 1000, 10)
+    split = material.Split("test", images, labelled, labelled % 7)  # type: ignore[arg-type]
+    found = material.some(split, 30)
+    assert len(found.where) == 30
+    assert torch.isin(found.where, labelled).all()
+    assert torch.equal(found.labels, found.where % 7)
+    assert (found.where.diff() > 0).all()
+    assert torch.equal(material.some(split, 30).where, found.where)
+    assert material.some(split, 0) is split
+    assert material.some(split, 100) is split
+    whole = material.Split("test", images, torch.arange(1000), torch.zeros(1000, dtype=torch.int64))  # type: ignore[arg-type]
+    assert torch.equal(material.some(whole, 30).where, features.chosen(images, 30)), "those of the observer knn"  # type: ignore[arg-type]
+
+
+def test_queries_are_labelled_images(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = material.open_data
+
+    def partly(*arguments: object) -> object:
+        data = real(*arguments)  # type: ignore[arg-type]
+        data.test.labels[torch.arange(len(data.test)) % 5 != 0] = -1  # type: ignore[index, union-attr, arg-type]
+        return data
+
+    monkeypatch.setattr(material, "open_data", partly)
+    found = opened(run, queries=20)
+    assert len(found.test.where) == 20
+    assert (found.test.where % 5 == 0).all()
+
+
+def test_a_bank_is_of_images_that_are_not_held_out(tmp_path: Path) -> None:
+    run = trained_on(folder_of_images(tmp_path / "images", 2), tmp_path / "run")
+    [record] = evaluation.evaluate(run, ["knn"], bank=30, queries=5, k=3, floor=False).records
+    assert (record["options"]["bank"], record["options"]["queries"]) == (30, 5)
+    assert record["data"]["train"] == 32
+
+
+def test_the_exam_alone_has_test_labels(run: Path) -> None:
+    assert not hasattr(opened(run).test, "labels")
+
+
+def test_percentages_that_stand_twice_are_measured_once(run: Path) -> None:
+    found = scoring.protocols_of(opened(run), Wanted(("finetune",), labels=(10, 10.0, 2, 10)))
+    assert [protocol.options["labels"] for protocol in found] == [10, 2]
+    assert found[0].title.startswith("finetune (labels 10%,")
+
+
+# ---------------------------------------------------------------- features
+
+
+def test_features_that_do_not_hold_any_more_are_removed(run: Path) -> None:
+    def kept() -> set[str]:
+        return {path.name for path in (run / "evaluation").glob("*.safetensors")}
+
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "trained-test-mine.safetensors").touch()
+    evaluation.evaluate(run, ["knn"], checkpoint=10, **SMALL)
+    first = kept()
+    assert len(first) == 5
+    evaluation.evaluate(run, ["knn"], **SMALL)
+    assert len(kept()) == 5
+    assert len(kept() & first) == 3, "the random network is the same; a stranger's file stays"
+    evaluation.evaluate(run, ["patches"], patches=2, floor=False, **SMALL)
+    assert len(kept()) == 7, "views and clean images are kept beside one another"
+
+
+# ---------------------------------------------------------------- evaluation.json
+
+
+def test_a_file_of_a_newer_version_stays_as_it_is(run: Path) -> None:
+    path = run / "evaluation.json"
+    path.write_text('{"schema": 2, "records": {"new": 1}}')
+    done = command("evaluate", str(run), "--protocol", "knn")
+    assert done.exit_code == 2
+    assert "has the schema 2, and this version of sslkit knows 1" in done.output
+    assert path.read_text() == '{"schema": 2, "records": {"new": 1}}'
+    assert not list((run / "evaluation").glob("*.safetensors")), "it is known before anything is computed"
+
+
+@pytest.mark.parametrize("damaged", ["{", "[]", '{"schema": 1}', '{"records": []}', "\udcff"])
+def test_a_damaged_file_is_moved_aside(damaged: str, run: Path) -> None:
+    path, said = run / "evaluation.json", []
+    for name in ("evaluation.json.damaged", "evaluation.json.damaged-2"):
+        path.write_bytes(damaged.encode(errors="surrogateescape"))
+        told.prepare(run, said.append)
+        assert not path.exists()
+        assert (run / name).read_bytes() == damaged.encode(errors="surrogateescape")
+        assert name in said[-1]
+    assert len(said) == 2
+
+
+def test_what_is_sound_in_a_damaged_file_stays(run: Path) -> None:
+    (run / "evaluation.json").write_text('{"schema": 1, "records": [3, {"protocol": "knn"}]}')
+    told.prepare(run)
+    assert told.read(run) == [{"protocol": "knn"}]
+    assert (run / "evaluation.json.damaged").is_file()
+
+
+def test_a_weaker_evaluation_takes_nothing_away(run: Path) -> None:
+    [strong] = evaluation.evaluate(run, ["knn"], **SMALL).records
+    [weak] = evaluation.evaluate(run, ["knn"], floor=False, **SMALL).records
+    assert "random" not in weak
+    [kept] = told.read(run)
+    assert (kept["random"], kept["pixels"]) == (strong["random"], strong["pixels"])
+    assert kept["date"] == weak["date"]
+    for seeds in (2, 1):
+        evaluation.evaluate(run, ["linear_sgd"], epochs=1, seeds=seeds, floor=False, queries=100)
+    assert [len(record["seeds"]) for record in told.read(run)] == [1, 2, 1]
+    assert "seeds 2" in told.read(run)[1]["title"]
+
+
+def test_two_evaluations_of_a_run_do_not_end_each_other(run: Path) -> None:
+    failed: list[BaseException] = []
+
+    def work(number: int) -> None:
+        try:
+            for _ in range(60):
+                told.prepare(run)
+            told.keep(run, [{"protocol": "knn", "options": number}])
+        except BaseException as error:
+            failed.append(error)
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)  # they take turns in the midst of anything
+    try:
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(before)
+    assert failed == []
+    assert sorted(record["options"] for record in told.read(run)) == [0, 1, 2, 3]
+
+
+def test_features_are_written_by_one_evaluation_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone: list[bool] = []
+    save = material.save_file
+
+    def watched(*arguments: Any) -> None:
+        with pytest.raises(Timeout):
+            FileLock(run / "evaluation" / ".lock", timeout=0).acquire()
+        alone.append(True)
+        save(*arguments)
+
+    monkeypatch.setattr(material, "save_file", watched)
+    evaluation.evaluate(run, ["knn"], floor=False, **SMALL)
+    assert len(alone) == 2
+
+
+def test_a_file_that_another_process_puts_into_its_place_is_no_stray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "iterdir", lambda self: iter([self / ".evaluation.json.tmp"]))
+    refuse_strays(tmp_path)
+
+
+# ---------------------------------------------------------------- several runs
+
+
+def test_copies_of_a_run_are_no_samples(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    done = command("evaluate", str(run), str(copy), "--protocol", "knn")
+    assert done.exit_code == 2
+    assert "are both of seed 0" in done.output
+    assert not (run / "evaluation.json").exists()
+
+
+# ---------------------------------------------------------------- readers
+
+
+def test_the_reports_table_takes_nothing_on_trust() -> None:
+    evil = "<script>alert(1)</script>"
+    records = [{"title": evil, "top1": 0.5, "branch": evil, "checkpoint": {"step": 3}, "chosen": [evil, {"C": evil}]}]
+    page = "".join(evaluated({"records": [*records, "x", {"title": "y", "top1": "0.3"}, {"top1": float("nan")}]}))
+    assert "<script" not in page
+    assert "&lt;script" in page
+    assert "0.5000" in page
+    assert ">y<" not in page
+    for nothing in ({}, {"records": 3}, {"records": []}):
+        assert "Not evaluated" in "".join(evaluated(nothing))
+
+
+@pytest.mark.parametrize("figure", [HUGE, -HUGE, 1.5, -0.1, float("inf"), float("nan"), True, "0.5"])
+def test_a_figure_that_is_no_share_is_left_out(figure: object) -> None:
+    record = json.loads(json.dumps({"title": "y", "protocol": "knn", "top1": figure, "spread": figure}))
+    assert "Not evaluated" in "".join(evaluated({"records": [record]}))
+    page = "".join(evaluated({"records": [record | {"top1": 0.5}]}))
+    assert "0.5000" in page
+    assert "±" not in page
+    assert "not measured" in card._evaluated(record)
+    assert "±" not in card._evaluated(record | {"top1": 0.5})
+
+
+def test_a_report_is_written_whatever_evaluation_json_says(run: Path) -> None:
+    (run / "evaluation.json").write_text(f'{{"schema": 1, "records": [{{"protocol": "knn", "top1": {HUGE}}}]}}')
+    done = command("report", str(run))
+    assert done.exit_code == 0, done.output
