@@ -6,6 +6,7 @@ import json
 import shutil
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from filelock import FileLock, Timeout
 from test_evaluation import SMALL, copied, folder_of_images, opened, trained_on
 from torch import Tensor
 
+import sslkit
 from sslkit import evaluation, features
 from sslkit.evaluation import material, scoring, told
 from sslkit.evaluation.protocols import Wanted
 from sslkit.exporting import card
+from sslkit.opened_run import open_run
 from sslkit.report.evaluated import evaluated
 from sslkit.run_directory import refuse_strays
 
@@ -151,7 +154,8 @@ def test_a_file_of_a_newer_version_stays_as_it_is(run: Path) -> None:
 
 @pytest.mark.parametrize("damaged", ["{", "[]", '{"schema": 1}', '{"records": []}', "\udcff"])
 def test_a_damaged_file_is_moved_aside(damaged: str, run: Path) -> None:
-    path, said = run / "evaluation.json", []
+    path = run / "evaluation.json"
+    said: list[str] = []
     for name in ("evaluation.json.damaged", "evaluation.json.damaged-2"):
         path.write_bytes(damaged.encode(errors="surrogateescape"))
         told.prepare(run, said.append)
@@ -237,6 +241,11 @@ def test_copies_of_a_run_are_no_samples(run: Path, tmp_path: Path) -> None:
     assert done.exit_code == 2
     assert "are both of seed 0" in done.output
     assert not (run / "evaluation.json").exists()
+    one = open_run(run)
+    other = replace(one, run=copy, info=replace(one.info, seed=1))
+    with pytest.raises(sslkit.UserError, match="have the same weights"):
+        evaluation._same([one, other], Wanted())
+    evaluation._same([one, replace(other, weights="other")], Wanted())
 
 
 # ---------------------------------------------------------------- readers

@@ -79,7 +79,8 @@ def prepare(run: Path, say: Callable[[str], None] = lambda text: None) -> None:
         with held(run):
             _older(run / FILE, say)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror or error}; evaluate a copy of the run") from None
+        where = error.filename or folder
+        raise UserError(f"{where}: cannot be written: {error.strerror or error}; evaluate a copy of the run") from None
 
 
 @contextlib.contextmanager
