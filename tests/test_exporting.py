@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -185,6 +189,53 @@ def test_a_failure_leaves_the_earlier_export_as_it_was(copied: Path, monkeypatch
     refused(copied, "export: cannot be written: .*No space left", sslkit.RunFailed, checkpoint=5)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert not [path for path in copied.iterdir() if path.name.startswith(".export")]
+
+
+@pytest.mark.parametrize("at", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
+def test_killed_as_it_takes_its_place_the_earlier_export_comes_back(copied: Path, tmp_path: Path, at: int) -> None:
+    """Before either rename, and before what it replaced is removed."""
+    folder = export(copied, checkpoint=5).folder
+    before = (folder / "model.safetensors").read_bytes()
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    done = subprocess.run([sys.executable, script, str(copied), str(at)], check=False)
+    assert done.returncode == 9
+    left = sorted(path.name.rpartition(".")[2] for path in copied.iterdir() if path.name.startswith(".export."))
+    assert left == {1: ["tmp"], 2: ["old", "tmp"], 3: ["old"]}[at]
+    live = copied / f".export.{os.getpid()}@{socket.gethostname()}.tmp"
+    others = [live, copied / ".export.mine.tmp", copied / ".export.1@another machine.old", copied / ".export2.1.tmp"]
+    for other in others:
+        other.mkdir()
+    refused(copied, "has no checkpoint 7", checkpoint=7)
+    assert sorted(path for path in copied.iterdir() if path.name.startswith(".export")) == sorted(others)
+    assert ((folder / "model.safetensors").read_bytes() == before) is (at < 3)
+    live.rmdir()
+    export(copied)
+    assert names(folder) == ALL
+
+
+KILLED = """
+import os, shutil, sys
+from pathlib import Path
+
+from sslkit.exporting import export
+
+calls = [0]
+
+
+def counted(real):
+    def call(*given, **options):
+        calls[0] += 1
+        if calls[0] == int(sys.argv[2]):
+            os._exit(9)
+        return real(*given, **options)
+
+    return call
+
+
+Path.rename, shutil.rmtree = counted(Path.rename), counted(shutil.rmtree)
+export(sys.argv[1])
+"""
 
 
 # ---------------------------------------------------------------- what is refused

@@ -20,7 +20,7 @@ import sslkit
 from sslkit.errors import UserError, did_you_mean, printable
 from sslkit.exporting import graphs, hub
 from sslkit.exporting.card import CARD, Card, use_of
-from sslkit.exporting.folder import TOLD, WRITTEN_BY, digest, refuse_foreign, replacing
+from sslkit.exporting.folder import TOLD, WRITTEN_BY, digest, refuse_foreign, replacing, tidy
 from sslkit.exporting.prepared import Check, Job, Preparation, Prepared, preparation_of, reference
 from sslkit.opened_run import Branch, open_run
 
@@ -94,6 +94,7 @@ def export(
     chosen = _formats(formats)
     _check_options(chosen, size, opset, licence)
     folder = Path(run_dir) / "export" if to is None else Path(to)
+    tidy(folder)
     refuse_foreign(folder)
     opened = open_run(run_dir, branch, checkpoint, allow_local_code=allow_local_code)
     preparation = preparation_of(opened)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import os
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 from sslkit.errors import RunFailed, UserError
-from sslkit.run_directory import read_json
+from sslkit.run_directory import died, read_json
 
 TOLD = "sslkit.json"
 """The file that says what an exported folder is."""
@@ -47,6 +49,22 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def tidy(folder: Path) -> None:
+    """Bring back the earlier export, where a process was killed as it took its place, and remove what such left."""
+    folder = Path(os.path.abspath(folder))  # noqa: PTH100 - "." has no name
+    for kind in ("old", "tmp"):
+        for left in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.{kind}")):
+            pid, at, host = left.name[len(folder.name) + 2 : -len(kind) - 1].partition("@")
+            ours = at and pid.isdecimal() and left.is_dir() and not left.is_symlink()
+            if not ours or not died({"status": "running", "pid": int(pid), "host": host}):
+                continue
+            with contextlib.suppress(OSError):  # another process may do the same
+                if kind == "old" and not os.path.lexists(folder):
+                    left.rename(folder)
+                else:
+                    shutil.rmtree(left, ignore_errors=True)
+
+
 @contextlib.contextmanager
 def replacing(folder: Path) -> Iterator[Path]:
     """An empty folder beside `folder`, which takes its place when the block ends, or is removed if it fails.
@@ -56,8 +74,8 @@ def replacing(folder: Path) -> Iterator[Path]:
         RunFailed: the disk does not allow it.
     """
     shown, folder = folder, Path(os.path.abspath(folder))  # noqa: PTH100 - "." has no name
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    old = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    mine = f".{folder.name}.{os.getpid()}@{socket.gethostname()}"
+    staging, old = (folder.with_name(f"{mine}.{kind}") for kind in ("tmp", "old"))
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
