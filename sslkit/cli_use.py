@@ -134,9 +134,7 @@ def export(run: str, **how: Any) -> None:
 @checkpoint
 @click.option("--batch", type=click.IntRange(min=1), default=256, show_default=True, help="Images at a time.")
 @click.option("--workers", type=click.IntRange(min=1), help="Threads that decode.  [default: one per core]")
-@click.option(
-    "--restart", is_flag=True, help="Begin anew where the output, or a part of it, is of other images or weights."
-)
+@click.option("--restart", is_flag=True, help="Begin anew, whatever features the output or its parts hold.")
 @device
 @local_code
 @leaving_out

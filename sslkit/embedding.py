@@ -13,6 +13,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Literal
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +23,7 @@ from sslkit.api import FileReader
 from sslkit.build import choose_device
 from sslkit.encoder import ImageEncoder, encoder_of
 from sslkit.errors import RunFailed, printable
-from sslkit.feature_files import Embedded, Parts, Rows, facts_of, finished, output
+from sslkit.feature_files import Embedded, Parts, Restart, Rows, damaged, facts_of, finished, output
 from sslkit.image_files import Found, find, portions, reader_of
 from sslkit.opened_run import Branch, OpenedRun, open_run
 from sslkit.words import spoken
@@ -70,7 +72,7 @@ def embed(
         batch: Images at a time.
         workers: Threads that read files; without it one for each core.
         device: Where to compute; `auto` is CUDA where there is a device.
-        restart: Begin anew where the file or its parts are of other images or weights.
+        restart: Begin anew, whatever features the file or its parts hold.
         say: Told what is worth a line.
 
     Raises:
@@ -79,7 +81,10 @@ def embed(
     """  # fmt: skip
     path = output(Path(out).expanduser())
     opened = open_run(run_dir, branch, checkpoint, allow_local_code=allow_local_code)
-    return embed_with(opened, folder, path, batch=batch, workers=workers, device=device, restart=restart, say=say)
+    return embed_with(
+        opened, folder, path, batch=batch, workers=workers, device=device, restart="always" if restart else "never",
+        say=say,
+    )  # fmt: skip
 
 
 def embed_with(
@@ -90,7 +95,7 @@ def embed_with(
     batch: int = 256,
     workers: int | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-    restart: bool = False,
+    restart: Restart = "never",
     say: Callable[[str], None] = lambda text: None,
 ) -> Embedded:
     """As `embed`, with a run that was opened."""
@@ -99,15 +104,21 @@ def embed_with(
     found = find(folder, reader.suffixes)
     facts = facts_of(opened, found, batch, where.type)
     parts = Parts(path, facts, len(found.names))
-    if (done := finished(path, facts, restart)) is not None:
-        parts.tidy()
-        return done
+    begun, again = parts.begun(), list[int]()
+    done = finished(path, facts, overwrite=begun or restart != "never")
+    if done is not None and not begun and restart != "always":
+        if not (again := _readable_now(reader, found, done, workers)):
+            parts.tidy()
+            return done
+        say(f"{path}: of {len(found.names) - done.rows:,} images left out, can be read now: {len(again):,}")
     if found.others:
         say(f"{found.root}: passed over files that do not end in {', '.join(found.suffixes)}: {found.others:,}")
     if found.hidden:
         say(f"{found.root}: passed over hidden files and folders: {found.hidden:,}")
     try:
         with parts.held(restart):
+            if again:
+                parts.take(again, found.names)
             missing = parts.missing()
             if len(missing) < len(parts.ranges):
                 say(f"{len(parts.ranges) - len(missing)} of {len(parts.ranges)} parts are there already")
@@ -115,10 +126,12 @@ def embed_with(
                 say(_compute(opened, encoder_of(opened).to(where), reader, found, parts, missing, workers))
             left_out = [*found.problems, *parts.problems()]
             rows = parts.join(left_out)
+            parts.remove()
     except OSError as error:
+        words = spoken()
+        same = f"{words.again} without {words.restart}" if restart == "always" else words.again
         raise RunFailed(f"{path}: cannot be written: {error.strerror or error}; what is written so far is kept, and "
-                        f"{spoken().again} goes on from it") from error  # fmt: skip
-    parts.remove()
+                        f"{same} goes on from it") from error  # fmt: skip
     done = Embedded(path, facts, rows, left_out, anew=True)
     say(f"{path}: {rows:,} images, {facts['feature_dim']} numbers each")
     if left_out:
@@ -126,6 +139,22 @@ def embed_with(
         more = f" and {len(left_out) - FEW} more" if len(left_out) > FEW else ""
         say(f"{done.bad_samples}: left out {len(left_out)} that cannot be read: {named}{more}")
     return done
+
+
+def _readable_now(reader: FileReader, found: Found, done: Embedded, workers: int | None) -> list[int]:
+    """Of the images that an output leaves out, those that can be read after all.
+
+    Neither a missing permission nor a missing package is seen in a file's size or time.
+    """
+    if done.rows == len(found.names):
+        return []
+    try:
+        there = set(pq.read_table(done.path, columns=["path"], page_checksum_verification=True)["path"].to_pylist())
+    except (OSError, pa.ArrowException) as error:
+        raise damaged(done.path, error) from None
+    tried = [range(i, i + 1) for i, name in enumerate(found.names) if name not in there]
+    with contextlib.closing(portions(reader, found, tried, workers)) as read:
+        return [i for portion in read for i in portion.read]
 
 
 def _compute(

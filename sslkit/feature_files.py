@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 import sslkit
-from sslkit.errors import RunFailed, UserError
+from sslkit.errors import RunFailed, UserError, printable
 from sslkit.features import normalisation
 from sslkit.files import in_one_piece
 from sslkit.image_files import Found, reading
@@ -43,6 +43,15 @@ DIFFERS = {
     "files": "names, sizes or times of files", "batch": "batch", "device": "device",
 }  # fmt: skip
 """What an output follows from, by its key in the metadata, in words."""
+
+SAYS: Mapping[str, type] = {
+    "run": str, "step": int, "branch": str, "folder": str, "images": int, "rows": int, "feature_dim": int,
+    "weights": str,
+}  # fmt: skip
+"""What every output says of itself that somebody reads, and of which kind it is."""
+
+Restart = Literal["never", "where other", "always"]
+"""When an output or its parts give way to new ones: `where other` is where they are of other images or weights."""
 
 UNSPEAKABLE = ("files", "view_generator", "reading")
 """Those whose values are too long for a line."""
@@ -113,7 +122,7 @@ def facts_of(opened: OpenedRun, found: Found, batch: int, device: str) -> dict[s
         **same,
         "mean": None if mean is None else [round(float(value), 6) for value in mean.flatten()],
         "std": None if std is None else [round(float(value), 6) for value in std.flatten()],
-        "folder": str(found.root.absolute()), "images": len(found.names), "files": files.hexdigest(), "batch": batch,
+        "folder": str(found.root.resolve()), "images": len(found.names), "files": files.hexdigest(), "batch": batch,
         "device": device, "sslkit": sslkit.__version__, "torch": torch.__version__,
     }  # fmt: skip
 
@@ -127,17 +136,23 @@ def preparation(opened: OpenedRun) -> dict[str, Any]:
 
 
 def recorded(path: Path) -> dict[str, Any] | None:
-    """What an output says of itself; None if it is none, or not there.
+    """What an output says of itself; None if it is none, not whole, or not there.
+
+    It may come from a stranger: what is said has the columns, the kinds and the number of rows that are relied on.
 
     Raises:
         UserError: it is of another version.
     """
     try:
-        facts = json.loads((pq.read_schema(path).metadata or {})[KEY])
+        found = pq.read_metadata(path)
+        schema = found.schema.to_arrow_schema()
+        facts = dict(json.loads((schema.metadata or {})[KEY]))
         if facts["format"] != FORMAT:
             raise UserError(f"{path}: was written by another version of sslkit; write it anew to another place")
-        return dict(facts)
-    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
+        kinds = all(type(facts[key]) is kind for key, kind in SAYS.items())
+        sound = kinds and facts["rows"] == found.num_rows > 0 and facts["feature_dim"] > 0
+        return facts if sound and schema.equals(_schema(facts["feature_dim"])) else None
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError, OverflowError, RecursionError):
         return None
 
 
@@ -170,8 +185,8 @@ def output(path: Path) -> Path:
     return path
 
 
-def finished(path: Path, facts: Mapping[str, Any], restart: bool) -> Embedded | None:
-    """The output, where it is complete and of the same.
+def finished(path: Path, facts: Mapping[str, Any], overwrite: bool) -> Embedded | None:
+    """The output, where it is complete and of the same. `overwrite` is for one of something else.
 
     Raises:
         UserError: it is of something else, which is not to be overwritten.
@@ -182,16 +197,25 @@ def finished(path: Path, facts: Mapping[str, Any], restart: bool) -> Embedded | 
     if old is None:
         raise UserError(f"{path}: is there already, and sslkit did not write it; choose another place")
     if differing := _differing(old, facts):
-        if restart:
+        if overwrite:
             return None
         raise UserError(f"{path}: holds features of something else: other {differing}; choose another place, or begin "
                         f"anew with {spoken().restart}")  # fmt: skip
+    return Embedded(path, old, old["rows"], _left_out(path), anew=False)
+
+
+def _left_out(path: Path) -> list[Mapping[str, str]]:
+    """What is said to be left out of an output."""
     try:
-        lines = bad_samples_of(path).read_text(encoding="utf-8").splitlines()
-        left_out = [json.loads(line) for line in lines]
-    except (OSError, ValueError):
-        left_out = []
-    return Embedded(path, old, pq.read_metadata(path).num_rows, left_out, anew=False)
+        lines = [json.loads(line) for line in bad_samples_of(path).read_text(encoding="utf-8").splitlines()]
+        return [{"path": str(line["path"]), "problem": str(line["problem"])} for line in lines]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    """What is said of an output whose rows cannot be had."""
+    return UserError(f"{path}: is damaged ({str(error).partition(chr(10))[0]}); remove it, and write it anew")
 
 
 def bad_samples_of(path: Path) -> Path:
@@ -218,8 +242,15 @@ class Parts:
         wanted = self.ranges[part]
         return [wanted[at : at + self.batch] for at in range(0, len(wanted), self.batch)]
 
+    def begun(self) -> bool:
+        """Whether there are parts of the same: somebody wanted it, whatever else is complete."""
+        try:
+            return _key(json.loads((self.folder / "state.json").read_text(encoding="utf-8"))) == self.key
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     @contextlib.contextmanager
-    def held(self, restart: bool) -> Iterator[None]:
+    def held(self, restart: Restart) -> Iterator[None]:
         """Keep other processes away, and refuse parts of something else.
 
         Raises:
@@ -241,12 +272,12 @@ class Parts:
                 differing = ""
             except (ValueError, AttributeError):
                 differing = "state, which cannot be read"
-            if differing and not restart:
+            if differing and restart == "never":
                 raise UserError(f"{self.folder}: holds unfinished features of something else: other {differing}; "
                                 f"choose another place, or begin anew with {spoken().restart}")  # fmt: skip
-            if differing:
+            if differing or restart == "always":
                 for file in self._own():
-                    file.unlink()
+                    file.unlink(missing_ok=True)
             with in_one_piece(state) as staging:
                 staging.write_text(json.dumps(self.facts, indent=1), encoding="utf-8")
             yield
@@ -269,10 +300,35 @@ class Parts:
 
     def write(self, number: int, rows: Rows) -> None:
         """A part, in one piece."""
-        said = {"key": self.key, "part": number, "problems": rows.problems}
-        table = rows.table(self.facts["feature_dim"]).replace_schema_metadata({KEY: json.dumps(said)})
+        self._write(number, rows.table(self.facts["feature_dim"]), rows.problems)
+
+    def _write(self, number: int, table: pa.Table, problems: Sequence[Mapping[str, str]]) -> None:
+        said = {"key": self.key, "part": number, "problems": list(problems)}
+        table = table.replace_schema_metadata({KEY: json.dumps(said)})
         with in_one_piece(self._file(number)) as staging, _writer(staging, table.schema) as writer:
             writer.write_table(table)
+
+    def take(self, again: Sequence[int], names: Sequence[str]) -> None:
+        """Take parts from the complete output, all but those that hold one of the images `again`.
+
+        What is not as it should be is not taken, and so is missing afterwards.
+        """
+        bad = {problem["path"]: problem for problem in _left_out(self.path)}
+        with (
+            contextlib.suppress(OSError, pa.ArrowException),
+            pq.ParquetFile(self.path, page_checksum_verification=True) as output,
+        ):
+            group = 0
+            for number, wanted in enumerate(self.ranges):
+                kept = [names[i] for i in wanted if printable(names[i]) not in bad]
+                if kept and group < output.num_row_groups:
+                    table = output.read_row_group(group)
+                    group += 1
+                else:
+                    table = _schema(self.facts["feature_dim"]).empty_table()
+                if table["path"].to_pylist() == kept and not any(i in wanted for i in again):
+                    lost = [bad[printable(names[i])] for i in wanted if printable(names[i]) in bad]
+                    self._write(number, table, lost)
 
     def problems(self) -> list[Mapping[str, str]]:
         """Of all parts, in the order of the files."""
@@ -312,17 +368,11 @@ class Parts:
 
     def _own(self) -> list[Path]:
         """What was written below the folder, the lock left out."""
-        return [*self.folder.glob("[0-9]*.parquet"), *self.folder.glob(".*.tmp"), self.folder / "state.json"]
+        return [self.folder / "state.json", *self.folder.glob("[0-9]*.parquet"), *self.folder.glob(".*.tmp")]
 
     def tidy(self) -> None:
         """Remove the parts of an output that is complete, which a process that was killed had no time for."""
-        try:
-            own = _key(json.loads((self.folder / "state.json").read_text(encoding="utf-8"))) == self.key
-        except FileNotFoundError:  # it is the last that goes but for the lock
-            own = True
-        except (OSError, ValueError, KeyError, TypeError):
-            own = False
-        if own:
+        if self.begun() or not (self.folder / "state.json").exists():  # the state is the first that goes
             self.remove()
 
     def remove(self) -> None:

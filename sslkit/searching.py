@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from html import escape
 from os import PathLike, fspath
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
+from filelock import FileLock, Timeout
 from PIL import Image
 from torch import Tensor
 
@@ -28,9 +31,10 @@ from sslkit.data import cache_folder
 from sslkit.embedding import embed_with, repeatable
 from sslkit.encoder import encoder_of
 from sslkit.errors import RunFailed, UserError, printable
-from sslkit.feature_files import FORMAT, preparation, recorded
+from sslkit.feature_files import FORMAT, damaged, preparation, recorded
 from sslkit.image_files import reader_of
 from sslkit.opened_run import Branch, OpenedRun, open_run
+from sslkit.run_directory import cannot_lock
 
 SIDE = 160
 """Of a picture on the page, in pixels."""
@@ -46,6 +50,8 @@ class Neighbour:
     """Of the two features, -1..1."""
     same_bytes: bool
     """Whether its file is the query's, or a copy of it."""
+    sha256: str = field(repr=False)
+    """Of its file."""
 
 
 @dataclass(frozen=True)
@@ -112,15 +118,16 @@ def search(
         UserError: a query or all of the folder cannot be read, or the file is of other weights.
         RunFailed: as `embed`.
     """  # fmt: skip
+    given = Path(folder).expanduser()
     shown = None if out is None else page.page_path(fspath(out))
     named = [fspath(query) for query in ([queries] if isinstance(queries, str | PathLike) else queries)]
     opened = open_run(run_dir, branch, checkpoint, allow_local_code=allow_local_code)
     features, digests = _asked(opened, named, device)
-    file, facts = _bank(opened, Path(folder).expanduser(), workers, device, say)
+    file, facts = _bank(opened, given, workers, device, say)
     found = _nearest(file, features, named, digests, neighbours)
     if shown is not None:
-        root = Path(facts["folder"])
-        page.save(shown, _document(opened, facts, found, root, reader_of(opened, SIDE)))
+        pictures = _Pictures(Path(facts["folder"]), reader_of(opened, SIDE), own=file != given)
+        page.save(shown, _document(opened, facts, found, pictures))
         each = f"{len(found[0].neighbours)} nearest of {facts['rows']:,} images"
         say(f"{shown}: the {each} for {len(named)} {'query' if len(named) == 1 else 'queries'}")
     return found
@@ -169,12 +176,32 @@ def _bank(
     file = cache_folder() / "features" / f"{key}.parquet"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        if file.exists() and recorded(file) is None:
-            file.unlink()
+        with _alone(file, say):
+            if file.exists() and recorded(file) is None:
+                file.unlink()
+            done = embed_with(opened, folder, file, workers=workers, device=device, restart="where other", say=say)
     except OSError as error:
         raise RunFailed(f"{file}: cannot be written: {error.strerror}; set SSLKIT_DATA to a folder that can") from None
-    done = embed_with(opened, folder, file, workers=workers, device=device, restart=True, say=say)
     return file, {**done.facts, "rows": done.rows}
+
+
+@contextlib.contextmanager
+def _alone(file: Path, say: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other process computes the features of the same folder: then they are there."""
+    path = file.with_suffix(".lock")
+    if cannot_lock(path):
+        yield
+        return
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say("another process computes the features of this folder; waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _nearest(
@@ -182,20 +209,26 @@ def _nearest(
 ) -> list[Nearest]:
     wanted = F.normalize(features, dim=1)
     parts = []
-    with pq.ParquetFile(file) as bank:
-        for group in range(bank.num_row_groups):  # not at once: features may be larger than memory
-            column = bank.read_row_group(group, columns=["feature"]).column(0).combine_chunks()
-            rows = torch.from_numpy(column.flatten().to_numpy().copy()).view(-1, features.shape[1])
-            parts.append(F.normalize(rows, dim=1) @ wanted.T)
-    cosines = torch.cat(parts).clamp_(-1, 1)  # of equal features it may be a rounding above
+    try:
+        with pq.ParquetFile(file, page_checksum_verification=True) as bank:
+            for group in range(bank.num_row_groups):  # not at once: features may be larger than memory
+                column = bank.read_row_group(group, columns=["feature"]).column(0).combine_chunks()
+                rows = torch.from_numpy(column.flatten().to_numpy().copy()).view(len(column), features.shape[1])
+                parts.append(F.normalize(rows, dim=1) @ wanted.T)
+            known = bank.read(columns=["path", "sha256"])
+        cosines = torch.cat(parts).clamp_(-1, 1)  # of equal features it may be a rounding above
+        if known["path"].null_count or known["sha256"].null_count or not bool(cosines.isfinite().all()):
+            raise ValueError("values are missing")
+    except (OSError, pa.ArrowException, ValueError, RuntimeError) as error:
+        raise damaged(file, error) from None
     order = cosines.sort(dim=0, descending=True, stable=True).indices[:neighbours]  # equals in the order of their names
-    known = pq.read_table(file, columns=["path", "sha256"])
     found = []
     for number, (query, digest) in enumerate(zip(queries, digests, strict=True)):
         near = known.take(pa.array(order[:, number].numpy())).to_pylist()
         values = cosines[order[:, number], number].tolist()
-        listed = [Neighbour(n["path"], c, n["sha256"] == digest) for n, c in zip(near, values, strict=True)]
-        found.append(Nearest(query, listed, float(cosines[:, number].median())))
+        listed = [(n["path"], cosine, n["sha256"]) for n, cosine in zip(near, values, strict=True)]
+        neighbours_of = [Neighbour(path, cosine, sha == digest, sha) for path, cosine, sha in listed]
+        found.append(Nearest(query, neighbours_of, float(cosines[:, number].median())))
     return found
 
 
@@ -213,11 +246,38 @@ STYLE = """
 """
 
 
-def _document(
-    opened: OpenedRun, facts: Mapping[str, Any], found: Sequence[Nearest], root: Path, reader: FileReader
-) -> str:
+@dataclass(frozen=True)
+class _Pictures:
+    """Reads what the page shows.
+
+    A file of features may come from a stranger, who could name any picture of this machine in it. So of such a file
+    only those are shown that hold the very bytes that its rows are of.
+    """
+
+    root: Path
+    reader: FileReader
+    own: bool
+    """Whether the folder was given and not told by a file, so that its names were found there."""
+
+    def query(self, name: str) -> str:
+        return self._shown(Path(name).expanduser(), None)
+
+    def found(self, near: Neighbour) -> str:
+        below = PurePath(near.path)
+        if below.is_absolute() or below.anchor or ".." in below.parts:
+            raise UserError("would be outside the folder")
+        return self._shown(self.root / below, None if self.own else near.sha256)
+
+    def _shown(self, file: Path, sha256: str | None) -> str:
+        pixels, digest = self.reader.read(file)
+        if sha256 not in (None, digest):
+            raise UserError("is not the one that the features are of")
+        return _picture(pixels)
+
+
+def _document(opened: OpenedRun, facts: Mapping[str, Any], found: Sequence[Nearest], pictures: _Pictures) -> str:
     text = (
-        f"By the cosine of features, among {facts['rows']:,} images below {root}. The features are of the "
+        f"By the cosine of features, among {facts['rows']:,} images below {pictures.root}. The features are of the "
         f"{opened.branch} network of {opened.run} at step {opened.step}. A picture is the central square of its file, "
         "as the network is given it, but not as small."
     )
@@ -227,18 +287,18 @@ def _document(
             f"<h2>{_text(nearest.query)}</h2>",
             f"<p>The median cosine of this query with all images is {nearest.median_cosine:.3f}.</p>",
             '<div class="near">',
-            _figure(Path(nearest.query).expanduser(), nearest.query, "query", reader, "query"),
+            _figure(partial(pictures.query, nearest.query), nearest.query, "query", "query"),
         ]
         for near in nearest.neighbours:
             said = f"{near.cosine:.3f}{', the same bytes' if near.same_bytes else ''}"
-            body.append(_figure(root / near.path, near.path, said, reader))
+            body.append(_figure(partial(pictures.found, near), near.path, said))
         body.append("</div>")
     return page.document("Nearest images", body, styles=[STYLE])
 
 
-def _figure(file: Path, name: str, said: str, reader: FileReader, kind: str = "found") -> str:
+def _figure(shown: Callable[[], str], name: str, said: str, kind: str = "found") -> str:
     try:
-        picture = f'<img src="{_picture(reader.read(file)[0])}" alt="{_text(name)}">'
+        picture = f'<img src="{shown()}" alt="{_text(name)}">'
     except UserError as error:
         picture = f'<span class="none">{_text(f"no picture: the file {error}")}</span>'
     return f'<figure class="{kind}">{picture}<figcaption><strong>{said}</strong> {_text(name)}</figcaption></figure>'

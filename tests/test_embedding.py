@@ -232,6 +232,69 @@ def test_what_is_there_is_not_made_again(run: Path, plain: Path, tmp_path: Path)
     )  # fmt: skip
 
 
+@pytest.mark.usefixtures("small_parts")
+def test_what_was_left_out_is_tried_again(
+    run: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A permission or a package that was missing is seen in no file's size or time."""
+    (plain / "20.png").write_bytes(b"broken")
+    embed(run, plain, tmp_path / "whole.parquet", batch=4)
+    out, read = tmp_path / "out.parquet", Path.read_bytes
+    kept = [name.name for name in (tmp_path / "whole.parquet", tmp_path / "whole.bad_samples.jsonl")]
+
+    def denied(path: Path) -> bytes:
+        if path.name in ("00.png", "01.png", "05.png"):
+            raise PermissionError(13, "Permission denied")
+        return read(path)
+
+    with monkeypatch.context() as locked:
+        locked.setattr(Path, "read_bytes", denied)
+        first = embed(run, plain, out, batch=4)
+        assert [bad["path"] for bad in first.left_out] == ["00.png", "01.png", "05.png", "20.png"]
+        assert not embed(run, plain, out, batch=4).anew
+    told: list[str] = []
+    again = embed(run, plain, out, batch=4, say=told.append)
+    assert (again.anew, again.rows, [bad["path"] for bad in again.left_out]) == (True, 20, ["20.png"])
+    assert f"{out}: of 4 images left out, can be read now: 3" in told
+    assert "2 of 3 parts are there already" in told, "only the parts that had some are computed"
+    assert out.read_bytes() == (tmp_path / kept[0]).read_bytes()
+    assert (tmp_path / "out.bad_samples.jsonl").read_bytes() == (tmp_path / kept[1]).read_bytes()
+    assert not embed(run, plain, out, batch=4).anew
+
+    monkeypatch.setattr(Path, "read_bytes", denied)
+    embed(run, plain, out, batch=4, restart=True)
+    (tmp_path / "out.bad_samples.jsonl").unlink()
+    monkeypatch.setattr(Path, "read_bytes", read)
+    assert embed(run, plain, out, batch=4).rows == 20
+    assert out.read_bytes() == (tmp_path / kept[0]).read_bytes(), "without the names of what was left out, too"
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_restart_begins_anew_always_and_what_it_leaves_is_gone_on_with(
+    run: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out.parquet"
+    embed(run, plain, out, batch=4)
+    before = out.read_bytes()
+    for checkpoint in (10, 5):  # of the same, and of something else
+        with monkeypatch.context() as cut:
+            cut.setattr(feature_files.Parts, "join", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+            told: list[str] = []
+            for _ in range(2):
+                with pytest.raises(KeyboardInterrupt):
+                    embed(run, plain, out, "online", checkpoint, batch=4, restart=True, say=told.append)
+            assert not any("there already" in line for line in told)
+        assert out.read_bytes() == before, "it stays until the new is whole"
+        done = embed(run, plain, out, "online", checkpoint, batch=4, say=told.append)
+        assert "3 of 3 parts are there already" in told
+        assert (done.anew, done.facts["step"]) == (True, checkpoint)
+        assert not out.with_name("out.parquet.parts").exists()
+    assert embed(run, plain, out, "online", 5, batch=4, restart=True).anew
+    (tmp_path / "mine.parquet").write_text("mine")
+    with pytest.raises(sslkit.UserError, match="sslkit did not write it"):
+        embed(run, plain, tmp_path / "mine.parquet", restart=True)
+
+
 def test_another_output_is_overwritten_only_where_that_is_asked_for(run: Path, plain: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.parquet"
     embed(run, plain, out)
