@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable
@@ -43,6 +44,15 @@ NETWORKS: dict[str, tuple[Timm, dict[str, Any]]] = {
 }
 """Backbones, and what else they were told of the run."""
 
+FEW = ("usual", "small_image", "two_sizes")
+"""One of each way to write a network; the slow tests look at the others."""
+
+OTHERS = tuple(name for name in NETWORKS if name not in FEW)
+
+in_turn = pytest.mark.parametrize(
+    "networks", [pytest.param(FEW, id="few"), pytest.param(OTHERS, id="others", marks=pytest.mark.slow)]
+)
+
 
 @pytest.fixture(scope="module")
 def a_run(tmp_path_factory: pytest.TempPathFactory) -> OpenedRun:
@@ -81,14 +91,17 @@ def exporting(a_run: OpenedRun, monkeypatch: pytest.MonkeyPatch) -> Callable[...
 
 
 @pytest.fixture(scope="module")
-def exported(a_run: OpenedRun, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """An export of each network."""
+def exported(a_run: OpenedRun, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Tells the export of a network, which is made once."""
     folder = tmp_path_factory.mktemp("exported")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in NETWORKS:
-            patch.setattr("sslkit.exporting.open_run", lambda *_, name=name, **__: opened(a_run, name))
-            export(a_run.run, folder / name)
-    return {name: folder / name for name in NETWORKS}
+
+    @functools.cache
+    def made(name: str) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("sslkit.exporting.open_run", lambda *_, **__: opened(a_run, name))
+            return export(a_run.run, folder / name).folder
+
+    return made
 
 
 def wanted(a_run: OpenedRun, name: str, given: Tensor) -> Tensor:
@@ -145,23 +158,28 @@ assert not [name for name in sys.modules if name.startswith("sslkit")]
 """
 
 
+@in_turn
 def test_plain_timm_gives_the_same_features_by_the_lines_of_the_card(
-    a_run: OpenedRun, exported: dict[str, Path], tmp_path: Path
+    a_run: OpenedRun, exported: Callable[[str], Path], tmp_path: Path, networks: tuple[str, ...]
 ) -> None:
     """In a process that cannot import sslkit."""
-    for name, folder in exported.items():
+    folders = {name: exported(name) for name in networks}
+    for name, folder in folders.items():
         given = pictures(channels(name))
         save_file({"normalised": normalised(a_run, name, given)}, folder / "given.safetensors")
         if channels(name) in (1, 3):
             Image.fromarray(given[0].permute(1, 2, 0).squeeze(2).numpy()).save(folder / "picture.jpg", "PNG")
     script = tmp_path / "elsewhere.py"
     script.write_text(ELSEWHERE)
-    folders = [str(folder) for folder in exported.values()]
     done = subprocess.run(
-        [sys.executable, "-I", script, *folders], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, "-I", script, *map(str, folders.values())],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    for name, folder in exported.items():
+    for name, folder in folders.items():
         got, own = load_file(folder / "got.safetensors"), wanted(a_run, name, pictures(channels(name)))
         assert close(got["features"], own), name
         if channels(name) in (1, 3):
@@ -172,23 +190,31 @@ def channels(name: str) -> int:
     return int(NETWORKS[name][1].get("channels", 3))
 
 
-def test_only_what_timm_builds_by_name_has_a_configuration(exported: dict[str, Path]) -> None:
-    found = {name for name, folder in exported.items() if (folder / "config.json").exists()}
-    assert found == {"usual", "deep", "bands", "transformer", "two_sizes"}
-    cards = {name: (folder / "README.md").read_text() for name, folder in exported.items()}
-    assert "model.conv1[0].stride = (1, 1)\nmodel.maxpool = nn.Identity()\n" in cards["deep_small_image"]
-    assert "model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)\n" in cards["small_image"]
-    assert "local-dir" not in cards["small_image"]
-    assert "library_name: timm" not in cards["small_image"], "the hub would show code that does not load it"
+@in_turn
+def test_only_what_timm_builds_by_name_has_a_configuration(
+    exported: Callable[[str], Path], networks: tuple[str, ...]
+) -> None:
+    lines = {
+        "small_image": "model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)\n",
+        "deep_small_image": "model.conv1[0].stride = (1, 1)\nmodel.maxpool = nn.Identity()\n",
+        "grey": "model.conv1[0] = nn.Conv2d(1, ",
+    }
+    for name in networks:
+        card = (exported(name) / "README.md").read_text()
+        assert (exported(name) / "config.json").exists() is (name not in lines), name
+        assert ("local-dir" in card) is (name not in lines), name
+        assert ("library_name: timm" in card) is (name not in lines), "the hub would show code that does not load it"
+        assert lines.get(name, "") in card
 
 
+@pytest.mark.slow
 def test_a_deep_stem_without_its_lines_loads_and_gives_other_features(
-    a_run: OpenedRun, exported: dict[str, Path], exporting: Callable[..., Export], monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    a_run: OpenedRun, exported: Callable[[str], Path], exporting: Callable[..., Export],
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
 ) -> None:  # fmt: skip
     """Why there must be no configuration, and what the check after writing is for."""
     plain = timm.create_model("resnet50d", num_classes=0).eval()
-    plain.load_state_dict(load_file(exported["deep_small_image"] / "model.safetensors"))
+    plain.load_state_dict(load_file(exported("deep_small_image") / "model.safetensors"))
     with torch.no_grad():
         got = plain(normalised(a_run, "deep_small_image", pictures()))
     assert not close(got, wanted(a_run, "deep_small_image", pictures()), 1e-2)
@@ -198,10 +224,11 @@ def test_a_deep_stem_without_its_lines_loads_and_gives_other_features(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_timm_trains_a_classifier_on_it(exported: dict[str, Path]) -> None:
-    for name in ("usual", "transformer"):
-        model = timm.create_model(f"local-dir:{exported[name]}", pretrained=True, num_classes=7)
-        own, there = load_file(exported[name] / "model.safetensors"), model.state_dict()
+@in_turn
+def test_timm_trains_a_classifier_on_it(exported: Callable[[str], Path], networks: tuple[str, ...]) -> None:
+    for name in {"usual", "two_sizes", "transformer"}.intersection(networks):
+        model = timm.create_model(f"local-dir:{exported(name)}", pretrained=True, num_classes=7)
+        own, there = load_file(exported(name) / "model.safetensors"), model.state_dict()
         assert all(torch.equal(there[key], own[key]) for key in own)
         assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 7)
         found = resolve_model_data_config(model)
@@ -209,10 +236,13 @@ def test_timm_trains_a_classifier_on_it(exported: dict[str, Path]) -> None:
         assert (tuple(found["mean"]), tuple(found["std"])) == ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
 
 
-def test_an_export_is_somewhere_to_start_from(a_run: OpenedRun, exported: dict[str, Path]) -> None:
-    for name in ("usual", "transformer", "two_sizes", "bands"):
+@in_turn
+def test_an_export_is_somewhere_to_start_from(
+    a_run: OpenedRun, exported: Callable[[str], Path], networks: tuple[str, ...]
+) -> None:
+    for name in {"usual", "two_sizes", "transformer", "bands"}.intersection(networks):
         run = opened(a_run, name)
-        found = run.spec.pretrained_weights(f"local-dir:{exported[name]}", run.info).weights
+        found = run.spec.pretrained_weights(f"local-dir:{exported(name)}", run.info).weights
         own = run.backbone.state_dict()
         assert found.keys() == own.keys()
         assert all(torch.equal(found[key], own[key]) for key in own)
@@ -221,7 +251,8 @@ def test_an_export_is_somewhere_to_start_from(a_run: OpenedRun, exported: dict[s
 # ---------------------------------------------------------------- graphs
 
 
-@pytest.mark.parametrize("name", ["two_sizes", pytest.param("transformer", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["two_sizes", "transformer"])
 def test_graphs_take_plain_pictures_in_batches_of_any_size(
     a_run: OpenedRun, exporting: Callable[..., Export], tmp_path: Path, name: str
 ) -> None:
@@ -249,12 +280,12 @@ def test_graphs_take_plain_pictures_in_batches_of_any_size(
 
 
 def test_graphs_of_another_size(a_run: OpenedRun, exporting: Callable[..., Export], tmp_path: Path) -> None:
-    done = exporting("deep", tmp_path / "out", formats=("torch",), size=64)
+    done = exporting("usual", tmp_path / "out", formats=("torch",), size=64)
     given = torch.randint(0, 256, (2, 3, 64, 64)).to(torch.uint8)
     program = torch.export.load(done.folder / "model.pt2").module()
-    views = TwoCrops(size=64).build(opened(a_run, "deep").info)
+    views = TwoCrops(size=64).build(opened(a_run, "usual").info)
     with torch.no_grad():
-        assert close(program(given.float() / 255), opened(a_run, "deep").backbone.eval()(views.clean(given)))
+        assert close(program(given.float() / 255), opened(a_run, "usual").backbone.eval()(views.clean(given)))
     assert "take 64 px instead, at which nothing was measured" in (done.folder / "README.md").read_text()
     with pytest.raises(UserError, match=r"size: the run's network takes no images of 48 px: .*; leave it out for 32"):
         exporting("transformer", tmp_path / "no", formats=("torch",), size=48)
