@@ -197,7 +197,7 @@ def test_only_what_timm_builds_by_name_has_a_configuration(
     lines = {
         "small_image": "model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)\n",
         "deep_small_image": "model.conv1[0].stride = (1, 1)\nmodel.maxpool = nn.Identity()\n",
-        "grey": "model.conv1[0] = nn.Conv2d(1, ",
+        "grey": "model.conv1[0].stride = (1, 1)\n",
     }
     for name in networks:
         card = (exported(name) / "README.md").read_text()
