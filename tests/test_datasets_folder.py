@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import shutil
 import threading
 
 import numpy as np
@@ -345,7 +346,8 @@ def test_fingerprint(tmp_path, root, opened, info):
     (root / "a" / "1.png").touch()
     assert opened(max_bad=0.3, memory_limit_gb=1.0).fingerprint == base
     seen = {base, opened(size=9).fingerprint, opened(channels=1).fingerprint}
-    seen.add(opened(test_root=str(root)).fingerprint)
+    shutil.copytree(root, tmp_path / "test")
+    seen.add(opened(test_root=str(tmp_path / "test")).fingerprint)
     content = (root / "a" / "1.png").read_bytes()
     (root / "a" / "1.png").write_bytes(image_bytes(99))
     seen.add(opened().fingerprint)

@@ -303,7 +303,7 @@ def test_fingerprint_follows_the_content_and_not_the_files(tmp_path, opened):
         opened(write(tmp_path / "g.parquet", [*IMAGES[:7], b""], labels), max_bad=0.5),
         opened(tmp_path / "a", size=5),
         opened(tmp_path / "a", channels=1),
-        opened(tmp_path / "a", test_path=str(tmp_path / "a")),
+        opened(tmp_path / "a", test_path=str(tmp_path / "c.parquet")),
     ]
     prints = [base, *(o.fingerprint for o in others)]
     assert len(set(prints)) == len(prints)

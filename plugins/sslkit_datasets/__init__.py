@@ -95,8 +95,9 @@ class Folder(DataSource):
     """`"none"`: folders mean nothing, images may lie anywhere below `root`, and there are no labels; `train/` and
     `test/` are folders like any others. Without it, folders are classes and sets as said above."""
     hold_out: Annotated[Share | None, _unless(0.0)] = None
-    """This share of each class becomes the test set and is not trained on; of all images where there are no classes.
-    Which ones follows from the files' bytes alone, and files with the same bytes stay together."""
+    """About this share of each class becomes the test set and is not trained on; of all images where there are no
+    classes. On which side an image is follows from its bytes alone, so images that are added move no others, and
+    copies stay together. At least one image of each class of two or more is on either side."""
     crops_from: CropsFrom = None
     """`"original"`: views are cut from the images as they lie in their files, with their own sides, and decoded for
     every step; the squares of `size` are for measurement alone. Without it, or with `"square"`, views are cut from the
@@ -182,8 +183,9 @@ class Parquet(DataSource):
     memory_limit_gb: Annotated[PositiveFloat, Incidental] = 16.0
     """Stop with an error rather than fill the memory if the decoded images take more gigabytes (10^9 bytes) per set."""
     hold_out: Annotated[Share | None, _unless(0.0)] = None
-    """This share of each class becomes the test set and is not trained on; of all images where there are no classes.
-    Which ones follows from the files' bytes alone, and files with the same bytes stay together."""
+    """About this share of each class becomes the test set and is not trained on; of all images where there are no
+    classes. On which side an image is follows from its bytes alone, so images that are added move no others, and
+    copies stay together. At least one image of each class of two or more is on either side."""
     stream: Annotated[bool | None, _unless(False)] = None
     """Read row groups as they are wanted, for sets that do not fit into memory. Views are then cut from the images
     with their own sides, and the squares of `size`, which is needed, are for measurement alone. The result of the
@@ -244,8 +246,9 @@ class WebDataset(DataSource):
     """Where the label is: the extension of a member that holds a number or a name, or `json:KEY` for a key of the
     member `.json`. Names are numbered in their sorted order. `"none"` reads none."""
     hold_out: Annotated[Share | None, _unless(0.0)] = None
-    """This share of each class becomes the test set and is not trained on; of all images where there are no classes.
-    Which ones follows from the files' bytes alone, and files with the same bytes stay together."""
+    """About this share of each class becomes the test set and is not trained on; of all images where there are no
+    classes. On which side an image is follows from its bytes alone, so images that are added move no others, and
+    copies stay together. At least one image of each class of two or more is on either side."""
     window: PositiveInt | None = None
     """Without it, an epoch is a shuffle of all images, each read by itself: for shards on an SSD. With it, shards are
     read in pieces of 16 MiB, one after the other, and an image changes places with those up to `window` images away:

@@ -58,13 +58,13 @@ class Blocks:
                     del self._blocks[old], self._bytes[old]
 
 
-def check_room(lengths: Sequence[int], images: int, window: int, cache_gb: float, remedy: str) -> None:
+def check_room(lengths: Sequence[int], images: int, window: int | None, cache_gb: float, remedy: str) -> None:
     """Refuse a window whose blocks do not fit into the cache: most of them would be read again for every image.
 
     Args:
         lengths: bytes of each block.
         images: how many there are in all of them.
-        window: as for `order.windowed`.
+        window: as for `order.windowed`; None where images are read in their order.
         cache_gb: the limit, in gigabytes.
         remedy: what to do about blocks that are too large, as the end of a sentence.
 
@@ -77,6 +77,8 @@ def check_room(lengths: Sequence[int], images: int, window: int, cache_gb: float
             f"data_source.cache_gb: two blocks of images are held at least, one takes {largest / 1e9:.2g} GB, and "
             f"cache_gb is {cache_gb:g}; raise it, or {remedy}"
         )
+    if window is None:
+        return
     taken = min(total, total / images * window + 2 * largest)
     if taken > limit:
         most = int((limit - 2 * largest) / (total / images))

@@ -16,6 +16,7 @@ from torch import Tensor
 from sslkit.api import DataInfo
 from sslkit.errors import UserError
 from sslkit.looking import Unclassed
+from sslkit_datasets.holding_out import facts
 from sslkit_datasets.images import (
     Finding,
     Fingerprint,
@@ -26,7 +27,6 @@ from sslkit_datasets.images import (
     shown,
     state_of,
     survey,
-    tell_left_out,
 )
 from sslkit_datasets.preparing import Preparation, arrays_of
 from sslkit_datasets.reading import Files, Names
@@ -57,6 +57,10 @@ class Listing:
     def files(self) -> Names:
         return Names(self.root, self.names)
 
+    def folders(self) -> list[Path]:
+        """The folder itself and those of its classes."""
+        return [self.root, *(self.root / name for name in self.classes or ())]
+
     def labels(self, classes: Sequence[str] | None) -> Tensor | None:
         """int64 `[N]`: each file's class folder as a position in `classes`."""
         if classes is None or self.classes is None:
@@ -86,10 +90,8 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
     in_memory = in_memory and not prepared.original and not prepared.headers
     workers = spec.workers or cores()
     classes = listings["training"].classes
-    chosen = {"classes": spec.classes, "hold_out": spec.hold_out}
-    fingerprint = Fingerprint(
-        source="folder", **prepared.facts(), **{key: value for key, value in chosen.items() if value is not None}
-    )
+    classless = {} if spec.classes is None else {"classes": spec.classes}
+    fingerprint = Fingerprint(source="folder", **prepared.facts(), **classless, **facts(spec.hold_out))
     sets: dict[str, Examined] = {}
     for which, listing in listings.items():
         store = Store(len(listing.names), float("inf")) if in_memory else None
@@ -101,9 +103,7 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
         sets[which] = _set(listing, findings, states, listing.labels(classes), store, prepared)
     names = None if classes is None else tuple(shown(name) for name in classes)
     reading = Reading(prepared, workers, spec.memory_limit_gb)
-    found = opened(sets, reading, spec, names, fingerprint.hexdigest())
-    tell_left_out(info.say, found.bad, total)
-    return found
+    return opened(sets, reading, spec, info.say, names, fingerprint.hexdigest())
 
 
 def _set(
@@ -121,7 +121,7 @@ def _set(
         known = np.array([states[i] for i in rows], np.int64)
         return Files(files(rows), prepared, digests_of(findings, rows), known)
 
-    return Examined(findings, lambda i: shown(listing.root / listing.names[i]), labels, part, files, store)
+    return Examined(findings, lambda i: shown(listing.root / listing.names[i]), labels, part, store, files)
 
 
 # ---------------------------------------------------------------- which files
@@ -134,14 +134,8 @@ def list_sets(spec: Folder, info: DataInfo) -> dict[str, Listing]:
         UserError: as `open_folder`, of everything but the images themselves.
     """
     if spec.classes == "none":
-        train_root, test_root = _folder(spec.root, "root"), None
-        if spec.test_root is not None:
-            test_root = _folder(spec.test_root, "test_root")
-            if test_root.resolve().is_relative_to(train_root.resolve()):
-                raise UserError(
-                    f"data_source.test_root: {shown(test_root)} lies in {shown(train_root)}, all of which is trained "
-                    'on with classes = "none"; put it beside'
-                )
+        train_root = _folder(spec.root, "root")
+        test_root = None if spec.test_root is None else _folder(spec.test_root, "test_root")
     else:
         train_root, test_root = find_roots(spec.root, spec.test_root)
     listings = {"training": list_images(train_root, info, classes=spec.classes != "none")}
@@ -152,8 +146,21 @@ def list_sets(spec: Folder, info: DataInfo) -> dict[str, Listing]:
                 "name the folder of the training images as root"
             )
         listings["test"] = list_images(test_root, info, classes=spec.classes != "none")
+        _refuse_overlap(listings["training"], listings["test"])
         _compare(listings["training"], listings["test"])
     return listings
+
+
+def _refuse_overlap(train: Listing, test: Listing) -> None:
+    """Neither set may lie in the other, directly or by links among its class folders."""
+    trained, tested = ({folder.resolve(): folder for folder in each.folders()} for each in (train, test))
+    for inner, outer in ((tested, trained), (trained, tested)):
+        for real, folder in inner.items():
+            if any(above in outer for above in (real, *real.parents)):
+                raise UserError(
+                    f"data_source.test_root: the images in {shown(folder)} would be trained on and tested on: "
+                    f"{shown(test.root)} and {shown(train.root)} overlap; put the two sets beside one another"
+                )
 
 
 def find_roots(root: str, test_root: str | None) -> tuple[Path, Path | None]:

@@ -1,4 +1,4 @@
-"""A share of a set that is not trained on: a function of the images' bytes, so that it stays as it is."""
+"""A share of a set that is not trained on: each image's bytes say on which side it is, so that it stays there."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from sslkit.errors import UserError
 def held_out(digests: Sequence[bytes], labels: Tensor | None, share: float) -> tuple[list[int], list[int]]:
     """Part a set into images to train on and images to test on.
 
-    Within each class the images are put into an order that their digests draw, and the first ones are held out: the
-    share, rounded, but at least one and never all. Images with the same digest go the way of the first of them, so
-    that none is on both sides.
+    Each digest draws a number between 0 and 1, and below the share an image is held out. So the share is kept on
+    average, and images that are added or removed move none of the others, with one exception: of a class that would
+    be all on one side, the image with the smallest number is held out, or that with the largest is trained on. Images
+    with the same digest are on the same side.
 
     Args:
         digests: one per image.
@@ -37,15 +38,21 @@ def held_out(digests: Sequence[bytes], labels: Tensor | None, share: float) -> t
         group.append(i)
     chosen: set[int] = set()
     for members in classes.values():
-        left = max(1, round(share * sum(map(len, members.values()))))
-        drawn = sorted(members, key=lambda digest: hashlib.sha256(b"hold_out" + digest).digest())
-        for digest in drawn[:-1]:
-            if left <= 0:
-                break
+        drawn = sorted(members, key=_drawn)
+        below = sum(_drawn(digest) < share for digest in drawn)
+        for digest in drawn[: min(max(1, below), len(drawn) - 1)]:
             chosen.update(members[digest])
-            left -= len(members[digest])
     if not chosen:
         raise UserError(
             "data_source.hold_out: no class has two images that differ, so none can be held out; leave hold_out out"
         )
     return [i for i in range(len(digests)) if i not in chosen], sorted(chosen)
+
+
+def facts(share: float | None) -> dict[str, object]:
+    """What enters fingerprints."""
+    return {} if share is None else {"held_out_below": share}
+
+
+def _drawn(digest: bytes) -> float:
+    return int.from_bytes(hashlib.sha256(b"hold_out" + digest).digest()[:6], "big") / 2**48

@@ -13,7 +13,8 @@ from sslkit.api import DataInfo
 from sslkit.errors import UserError
 from sslkit_datasets.arrays import PLAIN, Arrays
 from sslkit_datasets.columns import Source, bytes_of, first_line, numbered
-from sslkit_datasets.images import Finding, Fingerprint, Opened, Store, cores, shown, survey, tell_left_out
+from sslkit_datasets.holding_out import facts
+from sslkit_datasets.images import Finding, Fingerprint, Opened, Store, cores, shown, survey
 from sslkit_datasets.labels import Written
 from sslkit_datasets.preparing import Preparation, arrays_of
 from sslkit_datasets.reading import Encoded
@@ -54,7 +55,7 @@ def open_parquet(spec: Parquet, info: DataInfo) -> Opened:
         raise UserError('data_source.check: "headers" needs stream = true; without it every image is decoded anyway')
     if spec.window is not None:
         raise UserError("data_source.window: needs stream = true; without it all images are shuffled")
-    train, test = find_files(spec.path, spec.test_path, ".parquet")
+    train, test = find_files(spec.path, spec.test_path, ".parquet", spec.hold_out)
     options = Options(
         spec.image_column,
         spec.label_column,
@@ -82,9 +83,10 @@ def read_sets(train: Sequence[Path], test: Sequence[Path], options: Options, inf
         found["test"] = _read(sources["test"], "test", options)
         _compare(found["training"].store, found["test"].store)
     labels = numbered(sources, {which: rows.written for which, rows in found.items()})
-    hold_out = {} if options.hold_out is None else {"hold_out": options.hold_out}
     fingerprint = Fingerprint(
-        source="parquet", **Preparation(options.channels, options.size, arrays=options.arrays).facts(), **hold_out
+        source="parquet",
+        **Preparation(options.channels, options.size, arrays=options.arrays).facts(),
+        **facts(options.hold_out),
     )
     sets = {}
     for which, rows in found.items():
@@ -92,15 +94,11 @@ def read_sets(train: Sequence[Path], test: Sequence[Path], options: Options, inf
         labelled = labels.of[which] is not None
         for i, finding in enumerate(rows.findings):
             fingerprint.add(finding.digest, finding.problem is None, rows.written[i] if labelled else None)
-        sets[which] = Examined(
-            rows.findings, sources[which].name, labels.of[which], _nothing_is_read, lambda rows: None, rows.store
-        )
+        sets[which] = Examined(rows.findings, sources[which].name, labels.of[which], _nothing_is_read, rows.store)
     reading = Reading(
         Preparation(options.channels, options.size, arrays=options.arrays), options.workers or cores(), 0.0
     )
-    made = opened(sets, reading, options, labels.names, fingerprint.hexdigest(), options.advice)
-    tell_left_out(info.say, made.bad, sum(source.rows for source in sources.values()))
-    return made
+    return opened(sets, reading, options, info.say, labels.names, fingerprint.hexdigest(), options.advice)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,8 @@ from sslkit.api import DataInfo
 from sslkit.errors import RunFailed, UserError
 from sslkit_datasets.blocks import Block, Blocks, check_room
 from sslkit_datasets.columns import Source, bytes_of, first_line, numbered
-from sslkit_datasets.images import Finding, Fingerprint, Opened, cores, load, shown, state_of, survey, tell_left_out
+from sslkit_datasets.holding_out import facts
+from sslkit_datasets.images import Finding, Fingerprint, Opened, cores, load, shown, state_of, survey
 from sslkit_datasets.preparing import Preparation, arrays_of
 from sslkit_datasets.records import remembered_findings
 from sslkit_datasets.sets import Examined, Reading, digests_of, opened
@@ -136,7 +137,7 @@ def open_stream(spec: Parquet, info: DataInfo) -> Opened:
             "data_source.size: is needed with stream = true: the side of the squares that are measured; set it"
         )
     window = spec.window or WINDOW
-    train, test = find_files(spec.path, spec.test_path, ".parquet")
+    train, test = find_files(spec.path, spec.test_path, ".parquet", spec.hold_out)
     prepared = Preparation(
         spec.channels, spec.size, original=True, headers=spec.check == "headers", arrays=arrays_of(spec)
     )
@@ -145,31 +146,29 @@ def open_stream(spec: Parquet, info: DataInfo) -> Opened:
         which: RowGroups(source.files, [f.metadata for f in source.opened], source.image, int(spec.cache_gb * 1e9))
         for which, source in sources.items()
     }
-    for rows in groups.values():
-        check_room(rows.lengths(), len(rows), window, spec.cache_gb, _REWRITE)
+    for which, rows in groups.items():
+        check_room(rows.lengths(), len(rows), window if which == "training" else None, spec.cache_gb, _REWRITE)
     written = {which: source.labels() for which, source in sources.items()}
     labels = numbered(sources, written)
-    hold_out = {} if spec.hold_out is None else {"hold_out": spec.hold_out}
-    fingerprint = Fingerprint(source="parquet", stream=True, **prepared.facts(), **hold_out)
+    fingerprint = Fingerprint(source="parquet", stream=True, **prepared.facts(), **facts(spec.hold_out))
     sets = {}
     for which, rows in groups.items():
         findings = _examined(rows, prepared, info, spec.workers or cores(), which)
         given = labels.of[which]
         fingerprint.add(which)
+        fingerprint.add(*rows.first.tolist())  # the order of an epoch follows from where row groups begin
         for i, finding in enumerate(findings):
             fingerprint.add(finding.digest, finding.problem is None, None if given is None else written[which][i])
         sets[which] = _set(rows, findings, given, prepared)
     reading = Reading(prepared, spec.workers or cores(), min(_MEASURED_GB, spec.cache_gb), window)
-    found = opened(sets, reading, spec, labels.names, fingerprint.hexdigest())
-    tell_left_out(info.say, found.bad, sum(map(len, groups.values())))
-    return found
+    return opened(sets, reading, spec, info.say, labels.names, fingerprint.hexdigest())
 
 
 def _set(whole: RowGroups, findings: Sequence[Finding], labels: Tensor | None, prepared: Preparation) -> Examined:
     def part(rows: Sequence[int]) -> Rows:
         return Rows(whole, np.array(rows, np.int64), prepared, digests_of(findings, rows))
 
-    return Examined(findings, whole.name, labels, part, lambda rows: [whole.name(i) for i in rows])
+    return Examined(findings, whole.name, labels, part)
 
 
 def _examined(whole: RowGroups, prepared: Preparation, info: DataInfo, workers: int, which: str) -> list[Finding]:

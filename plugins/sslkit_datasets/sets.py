@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslkit.api import Images
-from sslkit.errors import UserError
 from sslkit_datasets.holding_out import held_out
-from sslkit_datasets.images import Finding, InMemory, Opened, Store, sift
+from sslkit_datasets.images import Finding, InMemory, Opened, Store, sift, tell_left_out
 from sslkit_datasets.preparing import Preparation
 from sslkit_datasets.reading import Encoded, OnDemand, Streamed
 
@@ -39,10 +38,10 @@ class Examined:
     """int64, also of those that cannot be read."""
     part: Callable[[Sequence[int]], Encoded]
     """The images at ascending positions."""
-    files: Callable[[Sequence[int]], Sequence[object] | None]
-    """What they are called."""
     store: Store | None = None
     """Where they are already, decoded."""
+    files: Callable[[Sequence[int]], Sequence[object] | None] = lambda rows: None
+    """What images of the store are called."""
 
 
 @dataclass(frozen=True)
@@ -61,17 +60,22 @@ def opened(
     sets: Mapping[str, Examined],
     reading: Reading,
     options: _Options,
+    say: Callable[[str], None],
     class_names: tuple[str, ...] | None,
     fingerprint: str,
     advice: str = ", or raise data_source.max_bad",
 ) -> Opened:
     """The sets `training` and perhaps `test`, of images that can be read. `advice` is as for `sift`.
 
+    It is said which images are left out, and how many test images are training images. Of images in memory the rule
+    `test_images_in_training` tells that, and compares their pixels.
+
     Raises:
         UserError: too many cannot, or nothing can be held out.
     """
     made: dict[str, Images] = {}
     bad: list[dict[str, str]] = []
+    digests: dict[str, list[bytes]] = {}
     for which, found in sets.items():
         good, left_out = sift(
             [f.problem for f in found.findings],
@@ -81,18 +85,21 @@ def opened(
             advice=advice,
         )
         bad += left_out
+        digests[which] = [found.findings[i].digest for i in good]
         if options.hold_out is None:
             made[which] = _images(found, good, reading)
             continue
-        if len(sets) > 1:
-            raise UserError(
-                "data_source.hold_out: there are test images already; leave hold_out out, or name the training images "
-                "alone"
-            )
         labels = None if found.labels is None else found.labels[good]
-        rows, held = held_out([found.findings[i].digest for i in good], labels, options.hold_out)
+        rows, held = held_out(digests[which], labels, options.hold_out)
         made["test"] = _images(found, [good[i] for i in held], reading, copy=True)
         made["training"] = _images(found, [good[i] for i in rows], reading)
+    tell_left_out(say, bad, sum(len(found.findings) for found in sets.values()))
+    if "test" in sets and sets["training"].store is None:
+        trained = set(digests["training"])
+        if shared := sum(digest in trained for digest in digests["test"]):
+            say(
+                f"{shared} of {len(digests['test'])} test images are training images, too, byte for byte: take them out"
+            )
     return Opened(made["training"], made.get("test"), class_names, fingerprint, bad)
 
 

@@ -14,17 +14,38 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 _MOST = 1_000_000
 
 
-def find_files(path: str, test_path: str | None, suffix: str) -> tuple[list[Path], list[Path]]:
+def find_files(
+    path: str, test_path: str | None, suffix: str, hold_out: float | None = None
+) -> tuple[list[Path], list[Path]]:
     """The files of the training set and of the test set, each in the order of their names.
 
     Raises:
-        UserError: there are none, a shard is missing, or it is not clear which the test set is.
+        UserError: there are none, a shard is missing, it is not clear which the test set is, a file is in both, or
+            there is a test set although one is to be held out.
     """
     if test_path is None:
-        return _find(path, "path", suffix)
-    train, _ = _find(path, "path", suffix, alone=True)
-    alone, beside = _find(test_path, "test_path", suffix)
-    return train, beside or alone
+        train, test = _find(path, "path", suffix)
+    else:
+        train, _ = _find(path, "path", suffix, alone=True)
+        alone, beside = _find(test_path, "test_path", suffix)
+        test = beside or alone
+    if test and hold_out is not None:
+        raise UserError(
+            f"data_source.hold_out: there are test images already ({shown(test[0])}); leave hold_out out, or name the "
+            "files of the training images alone as path"
+        )
+    _refuse_shared(train, test)
+    return train, test
+
+
+def _refuse_shared(train: list[Path], test: list[Path]) -> None:
+    real = {file.resolve() for file in train} if test else set()
+    both = [file for file in test if file.resolve() in real]
+    if both:
+        raise UserError(
+            f"data_source.test_path: {shown(both[0])} is a file of the training images, too; name other files as "
+            "test_path, or those to train on with a glob as path"
+        )
 
 
 def _find(path: str, option: str, suffix: str, *, alone: bool = False) -> tuple[list[Path], list[Path]]:

@@ -17,6 +17,7 @@ from torch import Tensor
 from sslkit.api import DataInfo
 from sslkit.errors import RunFailed, UserError
 from sslkit_datasets.blocks import Block, Blocks, check_room
+from sslkit_datasets.holding_out import facts
 from sslkit_datasets.images import (
     Finding,
     Fingerprint,
@@ -26,7 +27,6 @@ from sslkit_datasets.images import (
     shown,
     state_of,
     survey,
-    tell_left_out,
 )
 from sslkit_datasets.labels import Written, to_labels
 from sslkit_datasets.preparing import Preparation, arrays_of
@@ -80,12 +80,11 @@ def open_webdataset(spec: WebDataset, info: DataInfo) -> Opened:
         UserError: no such files, no samples in them, labels that are none, or too many broken images.
     """
     _refuse_commands(spec)
-    train, test = find_files(spec.path, spec.test_path, ".tar")
+    train, test = find_files(spec.path, spec.test_path, ".tar", spec.hold_out)
     prepared = Preparation(
         spec.channels, spec.size, original=True, headers=spec.check == "headers", arrays=arrays_of(spec)
     )
-    chosen = {"hold_out": spec.hold_out}
-    fingerprint = Fingerprint(source="webdataset", **prepared.facts(), **{k: v for k, v in chosen.items() if v})
+    fingerprint = Fingerprint(source="webdataset", **prepared.facts(), **facts(spec.hold_out))
     workers, sets = spec.workers or cores(), {}
     indices = {"training": _indexed(spec, train, info)} | ({"test": _indexed(spec, test, info)} if test else {})
     labels = to_labels({which: index.labels for which, index in indices.items()}, f"member {spec.label!r}")
@@ -98,11 +97,17 @@ def open_webdataset(spec: WebDataset, info: DataInfo) -> Opened:
             # The label is what the member says, since a number for it depends on the other labels.
             said = None if given is None else str(index.labels[i])
             fingerprint.add(index.keys[i], finding.digest, finding.problem is None, said)
-        sets[which] = _set(index, findings, states, given, prepared, spec)
+        blocks = None
+        if spec.window is not None:
+            first = _blocks(index)
+            fingerprint.add(*first)  # the order of an epoch follows from where blocks begin
+            lengths = np.add.reduceat(np.maximum(index.length, 0), first).tolist()
+            window = spec.window if which == "training" else None
+            check_room(lengths, len(index), window, spec.cache_gb, "leave data_source.window out")
+            blocks = _InBlocks(index, first, int(spec.cache_gb * 1e9))
+        sets[which] = _set(index, findings, states, given, prepared, blocks)
     reading = Reading(prepared, workers, min(_MEASURED_GB, spec.cache_gb), spec.window)
-    found = opened(sets, reading, spec, labels.names, fingerprint.hexdigest())
-    tell_left_out(info.say, found.bad, sum(map(len, indices.values())))
-    return found
+    return opened(sets, reading, spec, info.say, labels.names, fingerprint.hexdigest())
 
 
 def _refuse_commands(spec: WebDataset) -> None:
@@ -247,22 +252,12 @@ def _set(
     states: Sequence[tuple[int, int]],
     labels: Tensor | None,
     prepared: Preparation,
-    spec: WebDataset,
+    blocks: _InBlocks | None,
 ) -> Examined:
-    blocks = None
-    if spec.window is not None:
-        first = _blocks(index)
-        lengths = np.add.reduceat(np.maximum(index.length, 0), first).tolist()
-        check_room(lengths, len(index), spec.window, spec.cache_gb, "leave data_source.window out")
-        blocks = _InBlocks(index, first, int(spec.cache_gb * 1e9))
-
     def part(rows: Sequence[int]) -> Members:
         return Members(index, np.array(rows, np.int64), prepared, digests_of(findings, rows), states, blocks)
 
-    def names(rows: Sequence[int]) -> Sequence[str]:
-        return [index.name(i) for i in rows]
-
-    return Examined(findings, index.name, labels, part, names)
+    return Examined(findings, index.name, labels, part)
 
 
 def _blocks(index: Index) -> list[int]:
