@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import pickle
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,11 @@ from pydantic import ValidationError
 
 from sslkit.api import DataInfo
 from sslkit.errors import UserError
-from sslkit_datasets import Folder, Parquet, WebDataset
+from sslkit_datasets import Folder, Parquet, WebDataset, arrays, preparing
 from sslkit_datasets.arrays import Arrays, shape_of, to_pixels
 from sslkit_datasets.bad import BadImageError
 from sslkit_datasets.decode import decode
+from sslkit_datasets.preparing import Preparation
 
 Options = dict[str, Any]
 
@@ -59,7 +62,7 @@ def test_bands_are_taken_as_they_are(write: Callable[..., bytes], shape: tuple[i
     pixels = decode(data, bands, None)
     assert pixels.dtype == np.uint8
     assert np.array_equal(pixels, expected)
-    assert shape_of(data, bands, Arrays()) == pixels.shape[1:]
+    assert shape_of(io.BytesIO(data), bands, Arrays()) == pixels.shape[1:]
 
 
 def test_bands_that_are_picked_are_in_the_order_that_was_asked_for() -> None:
@@ -170,7 +173,7 @@ def test_objects_are_never_unpickled(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_header_that_claims_a_terabyte() -> None:
     data = npy(noise(4, 4)).replace(b"(4, 4), }", b"(999999, 999999), }")
-    with pytest.raises(BadImageError, match=r"is \[999999, 999999\]; .* values at most"):
+    with pytest.raises(BadImageError, match=r"is \[999999, 999999\] of uint8, more than the 536,870,912 bytes"):
         to_pixels(data, 1, Arrays())
 
 
@@ -178,9 +181,141 @@ def test_tiff_files_with_other_colours_and_without_tifffile(monkeypatch: pytest.
     data = tiff(noise(20, 30), photometric="miniswhite")
     with pytest.raises(BadImageError, match="stand for MINISWHITE"):
         decode(data, 1, None)
-    monkeypatch.setitem(__import__("sys").modules, "tifffile", None)
-    with pytest.raises(BadImageError, match=r"tifffile is missing: pip install 'sslkit\[tiff\]'"):
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    with pytest.raises(UserError, match=r"tifffile is missing: pip install 'sslkit\[tiff\]'"):
         decode(data, 1, None)
+
+
+@pytest.mark.parametrize(
+    ("package", "check", "compression"),
+    [
+        ("tifffile", "full", None),
+        ("tifffile", "headers", None),
+        ("imagecodecs", "full", "lzw"),
+        ("imagecodecs", "full", "zstd"),
+    ],
+)
+def test_a_missing_package_is_no_fault_of_the_files_and_never_remembered(
+    package: str, check: Any, compression: str | None, tmp_path: Path
+) -> None:
+    pytest.importorskip("imagecodecs")
+    (tmp_path / "images").mkdir()
+    for i in range(3):
+        (tmp_path / "images" / f"{i}.tif").write_bytes(tiff(noise(20, 30), compression=compression))
+    code = f"""
+import sys
+from pathlib import Path
+from sslkit.api import DataInfo
+from sslkit.errors import UserError
+from sslkit_datasets import Folder
+sys.modules[{package!r}] = None
+spec = Folder(root="images", size=8, channels=1, crops_from="original", check={check!r})
+try:
+    spec.build(DataInfo(0, Path("cache"), print))
+except UserError as error:
+    print(error)
+"""
+    told = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert told == f"data_source: there are TIFF files, for which {package} is missing: pip install 'sslkit[tiff]'\n"
+    spec = Folder(root=str(tmp_path / "images"), size=8, channels=1, crops_from="original", check=check)
+    assert len(spec.build(DataInfo(0, tmp_path / "cache", print)).train) == 3
+
+
+def test_findings_are_remembered_for_the_decoders_that_made_them(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for package in (None, "tifffile", "imagecodecs", "pillow", "numpy"):
+        found = preparing.version
+        if package:
+            monkeypatch.setattr(preparing, "version", lambda name, p=package, f=found: "9" if name == p else f(name))
+        spec = Folder(root=str(root), size=8, channels=5, value_range=(0, 4095), crops_from="original")
+        spec.build(DataInfo(0, tmp_path / "cache", lambda text: None))
+    assert len(list((tmp_path / "cache" / "checked").glob("*.json"))) == 5
+
+
+class Counting(io.BytesIO):
+    count = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        data = super().read(size)
+        self.count += len(data)
+        return data
+
+    def readinto(self, buffer: Any) -> int:
+        count = super().readinto(buffer)
+        self.count += count
+        return count
+
+
+@pytest.mark.parametrize("write", [npy, tiff])
+def test_only_the_header_is_read_for_the_sides(write: Callable[..., bytes]) -> None:
+    file = Counting(write(np.zeros((700, 900, 3), np.uint8)))
+    assert Preparation(headers=True).sides(file) == (700, 900)
+    assert file.count < 20_000
+
+
+MEMORY = """
+import re, sys
+from pathlib import Path
+import numpy as np
+from sslkit_datasets.arrays import Arrays
+from sslkit_datasets.decode import decode
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+for name, channels in (("small", 2), ("big", 2), ("small.png", 1), ("big.png", 1)):
+    data = Path(name).read_bytes()
+    decode(data, channels, 8, Arrays(value_range=(0.0, 4095.0)))
+    print(peak())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_scaling_takes_little_more_memory_than_the_values(tmp_path: Path) -> None:
+    for name, side in (("small", 64), ("big", 3000)):
+        (tmp_path / name).write_bytes(npy(np.zeros((side, side, 2), np.float32 if name == "big" else np.uint16)))
+        Image.fromarray(np.zeros((2 * side, 2 * side), np.uint16)).save(tmp_path / f"{name}.png")
+    done = subprocess.run([sys.executable, "-c", MEMORY], cwd=tmp_path, capture_output=True, text=True, check=True)
+    small, big, _, png = map(int, done.stdout.split())
+    values = 3000 * 3000 * 2
+    assert big - small < 3.5 * 4 * values  # the file, the values, and as bytes
+    assert png - small < 3.5 * 4 * values
+
+
+def test_16_bit_values_by_the_table_are_those_of_the_formula() -> None:
+    between = (-7.5, 3000.25)
+    for kind, order in (("uint16", "<"), ("uint16", ">"), ("int16", "<")):
+        info = np.iinfo(kind)
+        values = np.arange(info.min, info.max + 1).reshape(2, 128, 256).astype(np.dtype(kind).newbyteorder(order))
+        wide = values.astype(np.float64)
+        expected = np.rint(255 * np.clip((wide - between[0]) / (between[1] - between[0]), 0, 1))
+        assert np.array_equal(arrays.scaled(values, between), expected)
+        assert np.array_equal(arrays.scaled(values.transpose(2, 0, 1), between), expected.transpose(2, 0, 1))
+    every = np.arange(2**16).reshape(256, 256).astype(np.uint16)
+    file = io.BytesIO()
+    Image.fromarray(every).save(file, "PNG")
+    assert np.array_equal(decode(file.getvalue(), 1, None)[0], (every.astype(np.int64) + 128) // 257)
+
+
+def test_a_file_that_takes_too_much_memory_is_a_finding(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = Preparation.whole
+    calls: list[int] = []
+
+    def short(self: Preparation, data: bytes) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise MemoryError
+        return whole(self, data)
+
+    monkeypatch.setattr(Preparation, "whole", short)
+    spec = Folder(
+        root=str(root), size=8, channels=5, value_range=(0, 4095), crops_from="original", max_bad=0.9, workers=1
+    )
+    info = DataInfo(0, tmp_path / "cache", lambda text: None)
+    found = spec.build(info)
+    assert [bad["problem"] for bad in found.bad] == ["takes more memory than there is"]
+    assert (len(found.train), len(spec.build(info).train)) == (7, 8)
 
 
 @pytest.mark.parametrize("spec", [Folder, Parquet, WebDataset])

@@ -312,6 +312,16 @@ def test_damaged_shards_are_never_read_in_part(opened: Open, root: Path, tmp_pat
             opened(path=str(tmp_path / "x.tar"))
 
 
+def test_a_shard_that_is_cut_in_a_header_of_a_sparse_member_is_named(tmp_path: Path, opened: Open) -> None:
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[156:157], header[482], header[148:156] = tarfile.GNUTYPE_SPARSE, 1, b" " * 8  # more of the header follows
+    header[148:156] = b"%06o\0 " % sum(header)
+    for rest in (b"", bytes(100)):
+        (tmp_path / "x.tar").write_bytes(header + rest)
+        with pytest.raises(UserError, match=r"x.tar cannot be read as a tar archive: "):
+            opened(path=str(tmp_path / "x.tar"))
+
+
 def test_headers_that_claim_a_terabyte(tmp_path: Path, opened: Open) -> None:
     for kind in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
         entry = tarfile.TarInfo("long")

@@ -5,15 +5,19 @@ from __future__ import annotations
 import io
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import lru_cache
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from sslkit.errors import UserError
 from sslkit_datasets.bad import BadImageError
 
-MOST_VALUES = 2**27
-"""Of one image, all bands together."""
+MOST_BYTES = 2**29
+"""Of one image's values, all bands together."""
+_AT_A_TIME = 2**18
+"""Values that are scaled in one piece, which bounds the memory for the steps between."""
 _NUMPY = b"\x93NUMPY"
 _TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 _BANDS = 16
@@ -40,13 +44,13 @@ def is_array(data: bytes) -> bool:
     return data.startswith((_NUMPY, *_TIFF))
 
 
-def shape_of(data: bytes, channels: int, options: Arrays) -> tuple[int, int]:
-    """Height and width, from the header alone.
+def shape_of(file: BinaryIO, channels: int, options: Arrays) -> tuple[int, int]:
+    """Height and width, from the header alone: no more of the file is read.
 
     Raises:
         BadImageError: as `to_pixels`, of what the header tells.
     """
-    shape, dtype, axes = _header(data, options)
+    shape, dtype, axes = _header(file, options)
     return _checked(shape, dtype, axes, channels, options)[:2]
 
 
@@ -56,8 +60,8 @@ def values_of(data: bytes, options: Arrays) -> Values:
     Raises:
         BadImageError: it cannot be read, or has another shape or type than an image has.
     """
-    shape, dtype, axes = _header(data, options)
-    first = _layout(shape, axes)[0]
+    shape, dtype, axes = _header(io.BytesIO(data), options)
+    first = _layout(shape, dtype, axes)[0]
     if dtype not in _DTYPES:
         raise BadImageError(f"holds {dtype}; {', '.join(_DTYPES)} can be read")
     values = _read_numpy(data) if data.startswith(_NUMPY) else _read_tiff(data)
@@ -76,18 +80,19 @@ def to_pixels(data: bytes, channels: int, options: Arrays) -> NDArray[np.uint8]:
         BadImageError: the file cannot be read, has other bands than `channels` or lacks one of `bands`, holds NaN, or
             is not 8-bit and there is no `value_range`.
     """
-    shape, dtype, axes = _header(data, options)
+    shape, dtype, axes = _header(io.BytesIO(data), options)
     _checked(shape, dtype, axes, channels, options, ranged=False)
     values = values_of(data, options)
     if options.bands is not None:
         values = values[:, :, list(options.bands)]
+    values = values.transpose(2, 0, 1)
     if values.dtype != np.uint8:
-        values = scaled(values, options.value_range)
-    return np.ascontiguousarray(values.transpose(2, 0, 1))
+        return scaled(values, options.value_range)
+    return np.ascontiguousarray(values)
 
 
 def scaled(values: Values, value_range: tuple[float, float] | None) -> NDArray[np.uint8]:
-    """Values of more than 8 bits as 8 bits.
+    """Values of more than 8 bits as 8 bits, computed in float64.
 
     Raises:
         BadImageError: there is no range, or some are not numbers.
@@ -98,6 +103,24 @@ def scaled(values: Values, value_range: tuple[float, float] | None) -> NDArray[n
             f"holds {values.dtype} from {low:g} to {high:g}; set data_source.value_range = [low, high], which become 0 "
             "and 255"
         )
+    table, lowest = None, 0
+    if values.dtype.kind in "iu" and values.itemsize == 2:
+        lowest = int(np.iinfo(values.dtype).min)
+        table = _table(lowest, value_range)
+    made = np.empty(values.shape, np.uint8)
+    steps = np.nditer(
+        [values, made],
+        flags=["external_loop", "buffered"],
+        op_flags=[["readonly"], ["writeonly"]],
+        buffersize=_AT_A_TIME,
+    )
+    with steps:
+        for part, into in steps:
+            into[...] = _scale(part, value_range) if table is None else table[part.astype(np.intp) - lowest]
+    return made
+
+
+def _scale(values: Values, value_range: tuple[float, float]) -> NDArray[np.uint8]:
     low, high = value_range
     wide = values.astype(np.float64)
     if np.isnan(wide).any():
@@ -105,10 +128,16 @@ def scaled(values: Values, value_range: tuple[float, float] | None) -> NDArray[n
     return np.rint(255 * np.clip((wide - low) / (high - low), 0, 1)).astype(np.uint8)
 
 
+@lru_cache(maxsize=8)
+def _table(lowest: int, value_range: tuple[float, float]) -> NDArray[np.uint8]:
+    """What becomes of each value of 16 bits, from the lowest on."""
+    return _scale(np.arange(lowest, lowest + 2**16), value_range)
+
+
 def _checked(
     shape: tuple[int, ...], dtype: str, axes: Axes, channels: int, options: Arrays, *, ranged: bool = True
 ) -> tuple[int, int, int]:
-    _, height, width, bands = _layout(shape, axes)
+    _, height, width, bands = _layout(shape, dtype, axes)
     if dtype not in _DTYPES:
         raise BadImageError(f"holds {dtype}; {', '.join(_DTYPES)} can be read")
     if options.bands is not None:
@@ -126,11 +155,13 @@ def _checked(
     return height, width, bands
 
 
-def _layout(shape: tuple[int, ...], axes: Axes) -> tuple[bool, int, int, int]:
+def _layout(shape: tuple[int, ...], dtype: str, axes: Axes) -> tuple[bool, int, int, int]:
     """Whether bands come first; height, width, bands."""
-    if len(shape) not in (2, 3) or min(shape) < 1 or math.prod(shape) > MOST_VALUES:
+    if len(shape) not in (2, 3) or min(shape) < 1:
+        raise BadImageError(f"is {list(shape)}; an image is [h, w], [h, w, bands] or [bands, h, w]")
+    if dtype in _DTYPES and math.prod(shape) * np.dtype(dtype).itemsize > MOST_BYTES:
         raise BadImageError(
-            f"is {list(shape)}; an image is [h, w], [h, w, bands] or [bands, h, w], of 2^27 values at most"
+            f"is {list(shape)} of {dtype}, more than the {MOST_BYTES:,} bytes that are read of an image"
         )
     if len(shape) == 2:
         return False, shape[0], shape[1], 1
@@ -143,16 +174,17 @@ def _layout(shape: tuple[int, ...], axes: Axes) -> tuple[bool, int, int, int]:
     return False, shape[0], shape[1], shape[2]
 
 
-def _header(data: bytes, options: Arrays) -> tuple[tuple[int, ...], str, Axes]:
+def _header(file: BinaryIO, options: Arrays) -> tuple[tuple[int, ...], str, Axes]:
     """Shape, type, and where the bands are, if that is known."""
     try:
-        if data.startswith(_NUMPY):
-            file = io.BytesIO(data)
+        numpy = file.read(len(_NUMPY)) == _NUMPY
+        file.seek(0)
+        if numpy:
             version = np.lib.format.read_magic(file)
             read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
             shape, _, dtype = read(file)
             return tuple(shape), dtype.name, options.axes
-        with _tiff().TiffFile(io.BytesIO(data)) as tiff:
+        with _tiff().TiffFile(file) as tiff:
             page = tiff.series[0]
             if (colours := tiff.pages[0].photometric.name) in ("PALETTE", "MINISWHITE", "SEPARATED", "CIELAB"):
                 raise BadImageError(
@@ -160,7 +192,7 @@ def _header(data: bytes, options: Arrays) -> tuple[tuple[int, ...], str, Axes]:
                 )
             told: Axes = {"YXS": "hwc", "SYX": "chw", "CYX": "chw"}.get(page.axes)  # type: ignore[assignment]
             return tuple(page.shape), str(page.dtype), options.axes or told
-    except (BadImageError, MemoryError):
+    except (BadImageError, UserError, MemoryError):
         raise
     except Exception as error:  # readers raise anything at all on a stranger's bytes
         raise BadImageError(f"cannot be read: {_first_line(error)}") from error
@@ -177,9 +209,12 @@ def _read_tiff(data: bytes) -> Values:
     try:
         with _tiff().TiffFile(io.BytesIO(data)) as tiff:
             return np.asarray(tiff.series[0].asarray(maxworkers=1))
-    except (BadImageError, MemoryError):
+    except (BadImageError, UserError, MemoryError):
         raise
     except Exception as error:
+        # tifffile leaves compression to it, or to modules that not every Python has.
+        if isinstance(error, ImportError) or "requires the 'imagecodecs' package" in str(error):
+            raise _missing("imagecodecs") from None
         raise BadImageError(f"cannot be decoded: {_first_line(error)}") from error
 
 
@@ -187,8 +222,13 @@ def _tiff() -> Any:
     try:
         import tifffile
     except ImportError:
-        raise BadImageError("is a TIFF file, for which tifffile is missing: pip install 'sslkit[tiff]'") from None
+        raise _missing("tifffile") from None
     return tifffile
+
+
+def _missing(package: str) -> UserError:
+    """That is no fault of the file, which may be read as soon as the package is there."""
+    return UserError(f"data_source: there are TIFF files, for which {package} is missing: pip install 'sslkit[tiff]'")
 
 
 def _first_line(error: BaseException) -> str:

@@ -100,11 +100,7 @@ def _convert(image: Image.Image, channels: int, arrays: Arrays) -> Image.Image:
         raise BadImageError(f"has the colour mode {image.mode}, for which no conversion is defined")
     if image.mode.startswith("I"):
         # 16-bit grey. Pillow's own conversion clips at 255, which leaves an almost white image.
-        deep = np.asarray(image).astype(np.int64)
-        grey = (
-            ((deep + 128) // 257).astype(np.uint8) if arrays.value_range is None else scaled(deep, arrays.value_range)
-        )
-        image = Image.fromarray(grey)
+        image = Image.fromarray(scaled(np.asarray(image), arrays.value_range or (0.0, 65535.0)))
     elif image.mode in _TRANSPARENT or "transparency" in image.info:
         front = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", front.size, "white"), front)

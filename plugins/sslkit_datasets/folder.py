@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import PIL
 import torch
 from torch import Tensor
 
@@ -316,7 +315,7 @@ def _examined(
 
 def _state(prepared: Preparation, listing: Listing, states: Sequence[tuple[int, int]]) -> str:
     """Names, sizes and times of all files, and whatever else decides which of them can be decoded."""
-    state = Fingerprint(root=str(listing.root.resolve()), **prepared.facts(), pil=PIL.__version__)
+    state = Fingerprint(root=str(listing.root.resolve()), **prepared.facts(), **prepared.decoders())
     for name, (size, time) in zip(listing.names, states, strict=True):
         state.add(name, size, time)
     return state.hexdigest()

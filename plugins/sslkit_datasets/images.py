@@ -178,6 +178,8 @@ def survey(
             image = prepared.whole(data) if prepared.original else prepared.square(data)
         except BadImageError as error:
             return Finding(digest, str(error))
+        except MemoryError:  # nothing that the file can be known by: next time there may be more
+            return Finding(b"", "takes more memory than there is")
         if store is not None:
             store.put(row, image)
         return Finding(digest, None, image.shape[1], image.shape[2])

@@ -107,6 +107,8 @@ def _see(path: Path, arrays: Arrays, *, values: bool) -> _Seen:
         kind, problem = kind_of_image(load(path), _VALUES if values else 0, arrays), None
     except BadImageError as error:
         kind, problem = None, str(error)
+    except MemoryError:
+        kind, problem = None, "takes more memory than there is"
     return _Seen(kind, problem, time.perf_counter() - before)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from typing import BinaryIO, Literal, Protocol
 
 from sslkit_datasets.arrays import PLAIN, Arrays, is_array, shape_of
@@ -50,16 +51,20 @@ class Preparation:
         Raises:
             BadImageError: as `headers.sides` and `arrays.shape_of`.
         """
-        head = file.read(8)
-        if is_array(head):
-            return shape_of(head + file.read(), self.channels, self.arrays)
+        array = is_array(file.read(8))
         file.seek(0)
+        if array:
+            return shape_of(file, self.channels, self.arrays)
         return sides(file)
 
     def facts(self) -> dict[str, object]:
         """What enters fingerprints. What is not set stays out of it, so that runs of before these options go on."""
         chosen: dict[str, object] = {"original": self.original, "headers": self.headers, **vars(self.arrays)}
         return {"size": self.size, "channels": self.channels, **{key: value for key, value in chosen.items() if value}}
+
+    def decoders(self) -> dict[str, object]:
+        """Versions of what decodes: together with `facts`, whatever decides which files can be decoded."""
+        return {name: _version(name) for name in ("pillow", "numpy", "tifffile", "imagecodecs")}
 
     def digest(self, data: bytes) -> bytes:
         """SHA-256 of a file; of its length and first bytes where only headers are read."""
@@ -78,6 +83,13 @@ class _Options(Protocol):
 def arrays_of(options: _Options) -> Arrays:
     """What a data source's options say of bands and values."""
     return Arrays(options.bands, options.value_range, options.axes)
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def digest_of_head(length: int, head: bytes) -> bytes:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
@@ -172,7 +171,7 @@ def _set(whole: RowGroups, findings: Sequence[Finding], labels: Tensor | None, p
 
 
 def _examined(whole: RowGroups, prepared: Preparation, info: DataInfo, workers: int, which: str) -> list[Finding]:
-    state = Fingerprint(**prepared.facts(), column=whole.column, pil=PIL.__version__)
+    state = Fingerprint(**prepared.facts(), column=whole.column, **prepared.decoders())
     for file, known in zip(whole.files, whole.states, strict=True):
         state.add(str(file.resolve()), *known)
 

@@ -49,7 +49,9 @@ def members(archive: Path, passed_over: list[str]) -> Iterator[Member]:
                     elif not found.isdir():
                         passed_over.append(found.name)
                 _check_end(archive, file, tar.offset)
-    except (tarfile.TarError, OSError, ValueError, RecursionError, OverflowError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # tarfile raises anything at all on a stranger's bytes
         text = "headers within headers" if isinstance(error, RecursionError) else _first_line(error)
         raise UserError(f"{shown(archive)} cannot be read as a tar archive: {text}") from None
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import PIL
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -224,7 +223,7 @@ def _examined(
     workers: int,
     which: str,
 ) -> list[Finding]:
-    state = Fingerprint(**prepared.facts(), pil=PIL.__version__)
+    state = Fingerprint(**prepared.facts(), **prepared.decoders())
     for shard, known in zip(index.shards, states, strict=True):
         state.add(str(shard.resolve()), *known)
     state.add(*index.start, *index.length)
