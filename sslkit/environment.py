@@ -1,4 +1,4 @@
-"""What a run depended on, as `env.json` holds it: versions, machine, plugins, data, the commit."""
+"""What a run depended on, as `env.json` holds it (versions, machine, plugins, data, the commit), and its cores."""
 
 from __future__ import annotations
 
@@ -30,6 +30,16 @@ def environment(
         "data_fingerprint": fingerprint,
         "git": _git(),
     }
+
+
+def cores() -> int:
+    """CPU cores for this process: those that it may use, shared with the others of the run on this machine."""
+    return max(1, cores_here() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+def cores_here() -> int:
+    """CPU cores that this process may use, with whatever others there are."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _version(name: str) -> str | None:

@@ -7,7 +7,6 @@ it, so the number of threads changes nothing. All that comes after the crop is d
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 import time
@@ -23,6 +22,7 @@ from torch import Tensor
 from sslkit import registry
 from sslkit.api import Images, Originals, OriginalViewMaker, RunInfo, ViewMaker
 from sslkit.batch import Pixels
+from sslkit.environment import cores
 from sslkit.errors import UserError
 
 if TYPE_CHECKING:
@@ -96,7 +96,7 @@ class Viewing:
     def __init__(self, images: Images, views: ViewMaker, *, pinned: bool = False) -> None:
         self.images, self.views, self.pinned = images, views, pinned
         self.sizes: Tensor | None = getattr(images, "sizes", None)
-        self.workers: int = (getattr(images, "workers", None) or _cores()) if self.originals else 0
+        self.workers: int = (getattr(images, "workers", None) or cores()) if self.originals else 0
         """Threads that cut: what the set has as `workers`, else one for each core."""
 
     @property
@@ -181,12 +181,6 @@ def part_of(pixels: Pixels, rows: slice | Tensor) -> Pixels:
 def moved(pixels: Pixels, device: torch.device) -> Pixels:
     """The same on a device."""
     return pixels.to(device) if isinstance(pixels, Tensor) else tuple(crops.to(device) for crops in pixels)
-
-
-def _cores() -> int:
-    """Cores for this process: those that it may use, shared with the others of the run on this machine."""
-    here = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, here // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def fitting(views: ViewMaker, recipe: Recipe, run: RunInfo) -> ViewMaker:

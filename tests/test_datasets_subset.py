@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from PIL import Image
 
 from sslkit.api import DataInfo, Images
 from sslkit.errors import UserError
-from sslkit_datasets import Digits, Folder, Subset
+from sslkit.viewing import Viewing
+from sslkit_datasets import Digits, Folder, Subset, reading
 
 
 def digits() -> Digits:
@@ -89,3 +91,22 @@ def test_a_subset_reads_what_does_not_fit_in_memory_and_has_no_labels(tmp_path: 
 def test_a_subset_larger_than_the_whole_is_refused() -> None:
     with pytest.raises(UserError, match=r"^data_source\.images: is 1348, but there are only 1347 training images; "):
         Subset(of=digits(), images=1348).build(info())
+
+
+@pytest.mark.parametrize(("workers", "expected"), [(None, 3), (7, 7)])
+def test_threads_are_shared_with_the_other_processes_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int | None, expected: int
+) -> None:
+    monkeypatch.setattr("sslkit.environment.cores_here", lambda: 24)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    for number in range(20):
+        Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(tmp_path / f"{number:02}.png")
+    pools: list[int] = []
+    pool = ThreadPoolExecutor
+    monkeypatch.setattr(reading, "ThreadPoolExecutor", lambda number: pools.append(number) or pool(number))
+    source = Folder(root=str(tmp_path), size=8, crops_from="original", workers=workers)
+    for spec in (source, Subset(of=source, images=9)):
+        train = spec.build(DataInfo(0, tmp_path / "cache", lambda text: None)).train
+        assert Viewing(train, None).workers == expected  # type: ignore[arg-type]
+        train.read(torch.arange(9))
+    assert pools == [expected] * 2

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sslkit.api import DataInfo
+from sslkit.environment import cores, cores_here
 from sslkit.errors import UserError
 from sslkit.looking import Unclassed
 from sslkit_datasets.holding_out import facts
@@ -21,7 +22,6 @@ from sslkit_datasets.images import (
     Fingerprint,
     Opened,
     Store,
-    cores,
     kind_of,
     shown,
     state_of,
@@ -87,7 +87,8 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
     total = sum(len(listing.names) for listing in listings.values())
     in_memory = total * spec.channels * spec.size**2 <= spec.memory_limit_gb * 1e9
     in_memory = in_memory and not prepared.original and not prepared.headers
-    workers = spec.workers or cores()
+    # In memory each process decodes for itself; what is remembered is found by one, for which the others wait.
+    workers = spec.workers or (cores() if in_memory else cores_here())
     classes = listings["training"].classes
     classless = {} if spec.classes is None else {"classes": spec.classes}
     fingerprint = Fingerprint(source="folder", **prepared.facts(), **classless, **facts(spec.hold_out))
@@ -101,7 +102,7 @@ def open_folder(spec: Folder, info: DataInfo) -> Opened:
             fingerprint.add(name, finding.digest, finding.problem is None)
         sets[which] = _set(listing, findings, states, listing.labels(classes), store, prepared)
     names = None if classes is None else tuple(shown(name) for name in classes)
-    reading = Reading(prepared, workers, spec.memory_limit_gb)
+    reading = Reading(prepared, spec.workers, spec.memory_limit_gb)
     return opened(sets, reading, spec, info.say, names, fingerprint.hexdigest())
 
 

@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import io
 import json
-import os
 import stat
 import sys
 import tempfile
@@ -347,11 +346,6 @@ def tell_left_out(say: Callable[[str], None], bad: Sequence[Mapping[str, str]], 
 def shown(path: Path | str) -> str:
     """A path for people: what a terminal would obey or choke on is escaped."""
     return printable(str(path))
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

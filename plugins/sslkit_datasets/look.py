@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sslkit.api import DataInfo, Look
+from sslkit.environment import cores
 from sslkit_datasets.arrays import Arrays
 from sslkit_datasets.bad import BadImageError
 from sslkit_datasets.folder import Listing, list_sets
-from sslkit_datasets.images import cores, load, progress, shown, state_of
+from sslkit_datasets.images import load, progress, shown, state_of
 from sslkit_datasets.kinds import Kind, kind_of_image
 
 if TYPE_CHECKING:

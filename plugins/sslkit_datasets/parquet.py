@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 import pyarrow as pa
 
 from sslkit.api import DataInfo
+from sslkit.environment import cores
 from sslkit.errors import UserError
 from sslkit_datasets.arrays import PLAIN, Arrays
 from sslkit_datasets.columns import Source, bytes_of, first_line, numbered
 from sslkit_datasets.holding_out import facts
-from sslkit_datasets.images import Finding, Fingerprint, Opened, Store, cores, shown, survey
+from sslkit_datasets.images import Finding, Fingerprint, Opened, Store, shown, survey
 from sslkit_datasets.labels import Written
 from sslkit_datasets.preparing import Preparation, arrays_of
 from sslkit_datasets.reading import Encoded
@@ -95,9 +96,7 @@ def read_sets(train: Sequence[Path], test: Sequence[Path], options: Options, inf
         for i, finding in enumerate(rows.findings):
             fingerprint.add(finding.digest, finding.problem is None, rows.written[i] if labelled else None)
         sets[which] = Examined(rows.findings, sources[which].name, labels.of[which], _nothing_is_read, rows.store)
-    reading = Reading(
-        Preparation(options.channels, options.size, arrays=options.arrays), options.workers or cores(), 0.0
-    )
+    reading = Reading(Preparation(options.channels, options.size, arrays=options.arrays), options.workers, 0.0)
     return opened(sets, reading, options, info.say, labels.names, fingerprint.hexdigest(), options.advice)
 
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from sslkit.environment import cores
 from sslkit.errors import RunFailed
 from sslkit_datasets.bad import BadImageError
 from sslkit_datasets.decode import Pixels
@@ -104,7 +105,8 @@ class OnDemand:
 
     encoded: Encoded
     prepared: Preparation
-    workers: int
+    workers: int | None
+    """Threads that decode; None for one for each core of this process."""
     labels: Tensor | None = None
     sizes: Tensor | None = None
     keep_gb: float = 0.0
@@ -141,7 +143,7 @@ class OnDemand:
 
         # A pool of its own for each call: a lasting one would not survive a fork and could not be pickled, and its
         # threads start in a fraction of the time that one image takes.
-        with ThreadPoolExecutor(min(self.workers, max(1, len(chosen)))) as pool:
+        with ThreadPoolExecutor(min(self.workers or cores(), max(1, len(chosen)))) as pool:
             list(pool.map(fill, range(len(chosen))))
         return torch.from_numpy(images)
 

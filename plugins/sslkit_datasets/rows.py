@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslkit.api import DataInfo
+from sslkit.environment import cores_here
 from sslkit.errors import RunFailed, UserError
 from sslkit_datasets.blocks import Block, Blocks, check_room
 from sslkit_datasets.columns import Source, bytes_of, first_line, numbered
 from sslkit_datasets.holding_out import facts
-from sslkit_datasets.images import Finding, Fingerprint, Opened, cores, load, shown, state_of, survey
+from sslkit_datasets.images import Finding, Fingerprint, Opened, load, shown, state_of, survey
 from sslkit_datasets.preparing import Preparation, arrays_of
 from sslkit_datasets.records import remembered_findings
 from sslkit_datasets.sets import Examined, Reading, digests_of, opened
@@ -152,14 +153,14 @@ def open_stream(spec: Parquet, info: DataInfo) -> Opened:
     fingerprint = Fingerprint(source="parquet", stream=True, **prepared.facts(), **facts(spec.hold_out))
     sets = {}
     for which, rows in groups.items():
-        findings = _examined(rows, prepared, info, spec.workers or cores(), which)
+        findings = _examined(rows, prepared, info, spec.workers or cores_here(), which)
         given = labels.of[which]
         fingerprint.add(which)
         fingerprint.add(*rows.first.tolist())  # the order of an epoch follows from where row groups begin
         for i, finding in enumerate(findings):
             fingerprint.add(finding.digest, finding.problem is None, None if given is None else written[which][i])
         sets[which] = _set(rows, findings, given, prepared)
-    reading = Reading(prepared, spec.workers or cores(), min(_MEASURED_GB, spec.cache_gb), window)
+    reading = Reading(prepared, spec.workers, min(_MEASURED_GB, spec.cache_gb), window)
     return opened(sets, reading, spec, info.say, labels.names, fingerprint.hexdigest())
 
 

@@ -49,7 +49,7 @@ class Reading:
     """How images are read that are not in memory."""
 
     prepared: Preparation
-    workers: int
+    workers: int | None
     keep_gb: float
     """Room for squares that were measured."""
     window: int | None = None

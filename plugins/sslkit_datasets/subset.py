@@ -24,6 +24,7 @@ class Part:
         self.whole, self.rows = whole, rows
         self.labels = None if whole.labels is None else whole.labels[rows]
         self.tensor = None if whole.tensor is None else whole.tensor[rows]
+        self.workers: int | None = getattr(whole, "workers", None)
         sizes: Tensor | None = getattr(whole, "sizes", None)
         self.sizes = None if sizes is None else sizes[rows]
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslkit.api import DataInfo
+from sslkit.environment import cores_here
 from sslkit.errors import RunFailed, UserError
 from sslkit_datasets.blocks import Block, Blocks, check_room
 from sslkit_datasets.holding_out import facts
@@ -21,7 +22,6 @@ from sslkit_datasets.images import (
     Finding,
     Fingerprint,
     Opened,
-    cores,
     load,
     shown,
     state_of,
@@ -84,12 +84,12 @@ def open_webdataset(spec: WebDataset, info: DataInfo) -> Opened:
         spec.channels, spec.size, original=True, headers=spec.check == "headers", arrays=arrays_of(spec)
     )
     fingerprint = Fingerprint(source="webdataset", **prepared.facts(), **facts(spec.hold_out))
-    workers, sets = spec.workers or cores(), {}
+    sets: dict[str, Examined] = {}
     indices = {"training": _indexed(spec, train, info)} | ({"test": _indexed(spec, test, info)} if test else {})
     labels = to_labels({which: index.labels for which, index in indices.items()}, f"member {spec.label!r}")
     for which, index in indices.items():
         states = [state_of(shard) for shard in index.shards]
-        findings = _examined(index, prepared, states, info, workers, which)
+        findings = _examined(index, prepared, states, info, spec.workers or cores_here(), which)
         given = labels.of[which]
         fingerprint.add(which)
         for i, finding in enumerate(findings):
@@ -105,7 +105,7 @@ def open_webdataset(spec: WebDataset, info: DataInfo) -> Opened:
             check_room(lengths, len(index), window, spec.cache_gb, "leave data_source.window out")
             blocks = _InBlocks(index, first, int(spec.cache_gb * 1e9))
         sets[which] = _set(index, findings, states, given, prepared, blocks)
-    reading = Reading(prepared, workers, min(_MEASURED_GB, spec.cache_gb), spec.window)
+    reading = Reading(prepared, spec.workers, min(_MEASURED_GB, spec.cache_gb), spec.window)
     return opened(sets, reading, spec, info.say, labels.names, fingerprint.hexdigest())
 
 
