@@ -99,12 +99,13 @@ def test_threads_are_shared_with_the_other_processes_of_the_run(
 ) -> None:
     monkeypatch.setattr("sslkit.environment.cores_here", lambda: 24)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    (tmp_path / "images").mkdir()
     for number in range(20):
-        Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(tmp_path / f"{number:02}.png")
+        Image.fromarray(np.full((4, 4, 3), number, np.uint8)).save(tmp_path / "images" / f"{number:02}.png")
     pools: list[int] = []
     pool = ThreadPoolExecutor
     monkeypatch.setattr(reading, "ThreadPoolExecutor", lambda number: pools.append(number) or pool(number))
-    source = Folder(root=str(tmp_path), size=8, crops_from="original", workers=workers)
+    source = Folder(root=str(tmp_path / "images"), size=8, crops_from="original", workers=workers)
     for spec in (source, Subset(of=source, images=9)):
         train = spec.build(DataInfo(0, tmp_path / "cache", lambda text: None)).train
         assert Viewing(train, None).workers == expected  # type: ignore[arg-type]

@@ -120,7 +120,7 @@ class Folder(DataSource):
     """Largest share of either set that may be unreadable; above it the run stops."""
     memory_limit_gb: Annotated[PositiveFloat, Incidental] = 4.0
     """Keep the decoded images in memory if both sets together take at most this many gigabytes (10^9 bytes). With
-    `crops_from = "original"` the squares that were measured are kept, up to this."""
+    `crops_from = "original"` the squares that were measured are kept, up to this for each set."""
     workers: Annotated[PositiveInt | None, Incidental] = None
     """Threads that decode; without it, one per CPU core."""
 
@@ -194,8 +194,8 @@ class Parquet(DataSource):
     """With `stream`: row groups are read one after the other, and an image changes places with those up to this many
     images away; without it, 16,384."""
     cache_gb: Annotated[PositiveFloat, Incidental] = 4.0
-    """With `stream`: the row groups that are held at most, in gigabytes (10^9 bytes) of image files. A window that does
-    not fit is refused."""
+    """With `stream`: the row groups of the files of each set that are held at most, in gigabytes (10^9 bytes) of image
+    files. A window that does not fit is refused."""
     check: Check = None
     """With `stream`, `"headers"`: opening reads the header of each image only. An image that then cannot be decoded
     ends the run, and the data set is known by the length and the first 64 KiB of each image. Without it, or with
@@ -254,8 +254,8 @@ class WebDataset(DataSource):
     read in pieces of 16 MiB, one after the other, and an image changes places with those up to `window` images away:
     for disks and network drives."""
     cache_gb: Annotated[PositiveFloat, Incidental] = 4.0
-    """With `window`, the pieces that are held at most, in gigabytes (10^9 bytes). A window that does not fit is
-    refused."""
+    """With `window`, the pieces of the shards of each set that are held at most, in gigabytes (10^9 bytes). A window
+    that does not fit is refused."""
     channels: Channels = 3
     """3 for RGB (grey images are repeated), 1 for grey (colours are weighted by ITU-R 601). Of NumPy and TIFF files,
     the number of bands, up to 16, which are taken as they are."""

@@ -10,11 +10,11 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
+from torch import Tensor
 
 from sslkit.errors import UserError
 from sslkit_datasets.images import kind_of, shown
-from sslkit_datasets.labels import Labels, Written, to_labels
+from sslkit_datasets.labels import Labels, Written, as_numbers, to_labels
 
 IMAGE_COLUMNS = ("img", "image")
 LABEL_COLUMNS = ("label", "labels")
@@ -97,13 +97,11 @@ def numbered(sources: Mapping[str, Source], written: Mapping[str, Sequence[Writt
         return to_labels(
             {which: labels or [None] * sources[which].rows for which, labels in written.items()},
             f"the column {train.label!r}",
+            lambda which, i: sources[which].name(i),
         )
     of = {}
     for which, source in sources.items():
-        checked = None
-        if source.label is not None:
-            checked = _checked(written[which], source.label, source.files[0], source.class_names)
-        of[which] = None if checked is None else torch.tensor(checked, dtype=torch.int64)
+        of[which] = None if source.label is None else _checked(written[which], source.label, source)
     names = {which: source.class_names for which, source in sources.items() if source.class_names}
     if len(set(names.values())) > 1:
         raise UserError(
@@ -175,23 +173,21 @@ def _class_names(schema: Any, label_column: str) -> tuple[str, ...] | None:
     return tuple(names) if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _checked(
-    labels: Sequence[Written], column: str, file: Path, class_names: tuple[str, ...] | None
-) -> list[int] | None:
+def _checked(labels: Sequence[Written], column: str, source: Source) -> Tensor | None:
     """The labels as class numbers; None where all are -1, which in published sets means unknown."""
-    known = [int(label) for label in labels if label is not None]
+    file, names = source.files[0], source.class_names
+    known = [label for label in labels if label is not None]
     if len(known) < len(labels):
         raise UserError(f"{shown(file)}: {len(labels) - len(known)} rows have no value in the column {column!r}")
     if set(known) == {-1}:
         return None
-    if min(known) < 0:
-        raise UserError(f"{shown(file)}: labels in the column {column!r} should be 0 or more, one is {min(known)}")
-    if class_names is not None and max(known) >= len(class_names):
+    numbers = as_numbers(known, f"the column {column!r}", source.name)
+    if names is not None and int(numbers.max()) >= len(names):
         raise UserError(
-            f"{shown(file)}: the column {column!r} holds the label {max(known)}, but only {len(class_names)} classes "
+            f"{shown(file)}: the column {column!r} holds the label {int(numbers.max())}, but only {len(names)} classes "
             "are named in the metadata"
         )
-    return known
+    return numbers
 
 
 def first_line(error: BaseException) -> str:

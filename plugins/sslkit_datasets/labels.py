@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -12,6 +13,8 @@ from sslkit.errors import UserError
 from sslkit_datasets.images import shown
 
 Written = int | str | None
+
+_CLASSES = 2**31
 
 
 @dataclass(frozen=True)
@@ -24,7 +27,7 @@ class Labels:
     """By number, where labels are names."""
 
 
-def to_labels(sets: Mapping[str, Sequence[Written]], where: str) -> Labels:
+def to_labels(sets: Mapping[str, Sequence[Written]], where: str, name: Callable[[str, int], str]) -> Labels:
     """Number the labels of `training` and perhaps `test`.
 
     A set of which no image has a label has none, and so has one whose labels are all -1, which in published sets means
@@ -33,10 +36,11 @@ def to_labels(sets: Mapping[str, Sequence[Written]], where: str) -> Labels:
     Args:
         sets: the labels as they are written, None where an image has none.
         where: what they are written in, for people.
+        name: what image i of a set is called, for people.
 
     Raises:
-        UserError: some images have labels and some do not, numbers beside names, numbers below 0, or test classes
-            that the training set does not have.
+        UserError: some images have labels and some do not, numbers beside names, numbers that are no classes, or
+            test classes that the training set does not have.
     """
     known = {which: _known(which, labels, where) for which, labels in sets.items()}
     kinds = {type(label) for labels in known.values() for label in labels or ()}
@@ -46,7 +50,11 @@ def to_labels(sets: Mapping[str, Sequence[Written]], where: str) -> Labels:
     if train is None:
         raise UserError(f"the test images have labels in {where}, the training images have none")
     if kinds == {int}:
-        return Labels({which: _numbers(labels, where) for which, labels in known.items()}, None)
+        numbers = {
+            which: None if labels is None else as_numbers(labels, where, partial(name, which))
+            for which, labels in known.items()
+        }
+        return Labels(numbers, None)
     if len(kinds) > 1:
         raise UserError(f"labels in {where} are numbers in some places and names in others")
     names = sorted({str(label) for label in train})
@@ -73,11 +81,16 @@ def _known(which: str, labels: Sequence[Written], where: str) -> list[int | str]
     return None if set(found) == {-1} else found
 
 
-def _numbers(labels: Sequence[int | str] | None, where: str) -> Tensor | None:
-    if labels is None:
-        return None
+def as_numbers(labels: Sequence[int | str], where: str, name: Callable[[int], str]) -> Tensor:
+    """Integers as int64 `[N]`. `name` is what image i is called.
+
+    Raises:
+        UserError: one cannot be the number of a class.
+    """
     numbers = [int(label) for label in labels]
-    if min(numbers) < 0 or max(numbers) >= 2**31:
-        wrong = min(numbers) if min(numbers) < 0 else max(numbers)
-        raise UserError(f"labels in {where} should be class numbers from 0 on, one is {wrong}")
+    wrong = next((i for i, number in enumerate(numbers) if not 0 <= number < _CLASSES), None)
+    if wrong is not None:
+        raise UserError(
+            f"labels in {where} should be class numbers from 0 to {_CLASSES - 1}: {name(wrong)} has {numbers[wrong]}"
+        )
     return torch.tensor(numbers, dtype=torch.int64)

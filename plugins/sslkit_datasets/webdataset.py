@@ -86,7 +86,11 @@ def open_webdataset(spec: WebDataset, info: DataInfo) -> Opened:
     fingerprint = Fingerprint(source="webdataset", **prepared.facts(), **facts(spec.hold_out))
     sets: dict[str, Examined] = {}
     indices = {"training": _indexed(spec, train, info)} | ({"test": _indexed(spec, test, info)} if test else {})
-    labels = to_labels({which: index.labels for which, index in indices.items()}, f"member {spec.label!r}")
+    labels = to_labels(
+        {which: index.labels for which, index in indices.items()},
+        f"member {spec.label!r}",
+        lambda which, i: indices[which].name(i),
+    )
     for which, index in indices.items():
         states = [state_of(shard) for shard in index.shards]
         findings = _examined(index, prepared, states, info, spec.workers or cores_here(), which)
