@@ -46,7 +46,7 @@ def test_every_option_is_documented(spec):
         (Folder, {}),
         (Folder, {"root": "x"}),
         (Folder, {"root": "x", "size": 0}),
-        (Folder, {"root": "x", "size": 8, "channels": 2}),
+        (Folder, {"root": "x", "size": 8, "channels": 17}),
         (Folder, {"root": "x", "size": 8, "max_bad": 1.1}),
         (Folder, {"root": "x", "size": 8, "max_bad": -0.1}),
         (Folder, {"root": "x", "size": 8, "workers": 0}),
