@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sslkit.charts import Curve, Table
+from sslkit.recorded import ABSENT, Run
 from sslkit.run_directory import died
 
 if TYPE_CHECKING:
-    from sslkit.compare import Run
     from sslkit.recipe import Recipe
 
-ABSENT = "\N{EN DASH}"
 OVER = ("failed", "lost")
 """Statuses of runs that ended before their time and do not go on by themselves."""
 

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from sslkit import doctor
-from sslkit.compare import first_and_last, is_run, natural, run_folders
-from sslkit.compare_groups import ABSENT
 from sslkit.errors import SslkitError, UserError, printable
 from sslkit.recipe import read_recipe
+from sslkit.recorded import ABSENT, first_and_last, is_run, natural, run_folders
 from sslkit.run_directory import died, read_json
 
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))

@@ -14,6 +14,7 @@ import tempfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -435,6 +436,7 @@ def test_roots_that_are_none(root: Path, info: DataInfo, tmp_path: Path) -> None
 UNREADABLE = """
 import os, sys
 from pathlib import Path
+from typing import Any
 import torch, torchvision  # before the privileges to read them are dropped
 import sslkit_datasets.cifar10, sslkit_datasets.folder, sslkit_datasets.parquet
 from sslkit.api import DataInfo
@@ -570,15 +572,15 @@ def test_an_image_that_is_harmed_while_it_is_read_ends_the_run_and_mended_it_goe
     root: Path, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: Callable[[Path], None]
 ) -> None:
     pictures(root)
-    draw, reached = Feed.draw, []
+    begin, reached = Feed._begin, []
 
-    def harming(self: Feed, step: int) -> object:
+    def harming(self: Feed, step: int, hands: Any) -> object:
         if step == 3 and not reached:
             reached.append(step)
             harm(root)
-        return draw(self, step)
+        return begin(self, step, hands)
 
-    monkeypatch.setattr(Feed, "draw", harming)
+    monkeypatch.setattr(Feed, "_begin", harming)
     (line,) = told(lambda: run_on(root, tiny, tmp_path / "run", "data_source.memory_limit_gb=1e-9", steps=12))
     assert "03.png" in line
     assert re.search("changed since|holds another image than when the run began", line)

@@ -11,25 +11,12 @@ from conftest import ROOT, TINY
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sslkit.compare import (
-    ABSENT,
-    DRAWN,
-    PROTOCOL,
-    Run,
-    accuracies,
-    charts,
-    compare,
-    expanded,
-    losses,
-    names,
-    natural,
-    options,
-    ranks,
-)
-from sslkit.compare import read_runs as read
+from sslkit.compare import DRAWN, accuracies, charts, compare, losses, options, ranks
 from sslkit.compare import summary as summary_of
 from sslkit.errors import UserError
 from sslkit.recipe import parse_recipe
+from sslkit.recorded import ABSENT, PROTOCOL, Run, expanded, names, natural
+from sslkit.recorded import read_runs as read
 
 KNN = {"knn_k": 20, "knn_temperature": 0.1, "knn_bank": 200, "knn_queries": 100}
 RECORDS: list[dict[str, Any]] = [

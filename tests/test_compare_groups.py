@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from test_report_browser import PHONE, Opened, opened, until  # noqa: F401 - a fixture
 
 from sslkit.charts import Curve, Drawings, thinned
-from sslkit.compare import compare, read_runs
+from sslkit.compare import compare
 from sslkit.compare_groups import ABSENT, Group, grouped, spread, summary
 from sslkit.recipe import parse_recipe
+from sslkit.recorded import read_runs
 
 Made = Callable[..., Path]
 KNN = {"knn_k": 20, "knn_temperature": 0.1, "knn_bank": 200, "knn_queries": 100}
@@ -98,7 +99,7 @@ def test_every_group_has_a_name_of_its_own(made: Made) -> None:
     st.lists(st.lists(st.floats(0, 1, width=32), min_size=3, max_size=3), min_size=2, max_size=6),
 )
 def test_mean_and_band_are_numpys(values: list[list[float]]) -> None:
-    from sslkit.compare import Run
+    from sslkit.recorded import Run
 
     runs = [
         Run(f"{n}", [{"step": i, "epoch": i / 2, "x": x} for i, x in enumerate(row)], {"status": "done"}, None, None)

@@ -57,7 +57,7 @@ FLOORS: list[set[str]] = [
     {"trainer", "nonfinite", "facts", "loss_facts", "view_grid"},
     {"summary", "preparation", "forking"},
     {"resuming"},
-    {"launch", "compare", "compare_groups", "foreign", "testing"},
+    {"launch", "compare", "compare_groups", "recorded", "foreign", "testing"},
     {"report", "replaying", "evaluation", "exporting", "embedding", "run_list"},
     {"searching", "sweeping"},
     {"plan", "checkup", "scripting", "suggesting"},

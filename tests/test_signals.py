@@ -228,13 +228,17 @@ def test_a_second_interrupt_amid_a_checkpoint_leaves_the_earlier_one(
 
 def test_while_data_does_not_come(tiny: Path, whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A source that hangs, as a network file system does: the run ends with what it has."""
-    plain, hangs, released = Feed.draw, threading.Event(), threading.Event()
+    plain, hangs, released = Feed._begin, threading.Event(), threading.Event()
 
-    def draw(feed: Feed, step: int) -> Any:
-        if step == 6:
+    def begin(feed: Feed, step: int, hands: Any) -> Any:
+        finish = plain(feed, step, hands)
+
+        def hanging() -> Any:
             hangs.set()
             released.wait(60)
-        return plain(feed, step)
+            return finish()
+
+        return hanging if step == 6 else finish
 
     def terminate() -> None:
         hangs.wait(60)
@@ -243,7 +247,7 @@ def test_while_data_does_not_come(tiny: Path, whole: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Feed, "_resident", lambda *_: None)
     with monkeypatch.context() as patched:
-        patched.setattr(Feed, "draw", draw)
+        patched.setattr(Feed, "_begin", begin)
         other = threading.Thread(target=terminate)
         other.start()
         ended = train(tiny)

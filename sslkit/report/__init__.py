@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sslkit.charts import Drawings
-from sslkit.compare import Run, read_run
-from sslkit.compare_groups import ABSENT
 from sslkit.errors import UserError, did_you_mean, printable
 from sslkit.page import asset, document, page_path, save
+from sslkit.recorded import ABSENT, Run, read_run
 from sslkit.report import curves
 from sslkit.report.evaluated import evaluated
 from sslkit.report.features import features, missing, views

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from sslkit.charts import Chart, Curve, Level, Mark
-from sslkit.compare import PROTOCOL, Run
+from sslkit.recorded import PROTOCOL, Run
 from sslkit.rules import RANKS, Finding, Severity
 
 

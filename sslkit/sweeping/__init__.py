@@ -10,10 +10,10 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from sslkit.compare import first_and_last
 from sslkit.compare_groups import spread
 from sslkit.errors import UserError, printable
 from sslkit.recipe import Recipe
+from sslkit.recorded import first_and_last
 from sslkit.run_directory import cannot_lock, read_metrics
 from sslkit.sweeping import plan, pool
 from sslkit.sweeping.grid import Grid

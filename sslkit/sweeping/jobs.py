@@ -10,8 +10,8 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from sslkit import doctor, local
-from sslkit.compare import first_and_last
 from sslkit.errors import UserError, printable
+from sslkit.recorded import first_and_last
 from sslkit.run_directory import cannot_lock, read_json, read_metrics, refuse_strays
 from sslkit.stopping import ASKING
 from sslkit.sweeping.pool import Task

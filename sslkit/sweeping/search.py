@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from sslkit.compare import is_number
 from sslkit.errors import SslkitError, UserError
+from sslkit.recorded import is_number
 from sslkit.run_directory import read_json
 from sslkit.sweeping import plan, pool, spaces
 from sslkit.sweeping.grid import Progress, Waiting
