@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -56,6 +57,8 @@ def init(
         UserError: there are no images, the recipe is there already, or it could not be built.
     """
     console = Console(stderr=as_json, highlight=False)
+    if not math.isfinite(hours):
+        raise UserError(f"--hours: should be a number of hours, not {hours}")
     donor = method_named(method)
     root = Path(folder)
     if not root.is_dir():
@@ -74,8 +77,7 @@ def init(
         bad = seen.unreadable[0]
         raise UserError(f"{folder}: none of the {seen.looked_at} files looked at can be read, as {bad['path']}: "
                         f"{bad['problem']}")  # fmt: skip
-    ranged = "value_range" in registry.load("data_source", "folder").model_fields
-    wanted = Wanted(root.resolve().as_posix(), named, hours, size, mixed, ranged)
+    wanted = Wanted(root.resolve().as_posix(), named, hours, size, mixed)
     for title, text in described(seen).items():
         tell(f"{title + ':':15} {text}")
     made, text, findings = _decide(seen, machine, wanted, donor, tell)
@@ -140,6 +142,8 @@ def _look(root: Path, asked: int, tell: Callable[[str], None]) -> tuple[Look, bo
             raise
         if held := next((name for name in SETS if (root / name).is_dir()), None):  # all would be trained on
             raise UserError(*error.lines, f"is {held}/ there to test on? Then put the others into train/") from None
+        tell("images lie beside folders, so that folders can be no classes: no labels are read. Move every image into "
+             "a folder of its class to have them")  # fmt: skip
         return source(root=str(root), size=LEAST, classes="none").look(info, asked or LOOKED_AT), True
 
 

@@ -42,6 +42,10 @@ SECONDS_TO_CHECK = 600
 """What decoding every file before training may take."""
 
 
+DEEP_GREY = "16-bit grey"
+"""Of files that a data source scales by itself where it is not told a range."""
+
+
 @dataclass(frozen=True)
 class Machine:
     """What a run has to do with."""
@@ -65,8 +69,6 @@ class Wanted:
     size: int | None = None
     mixed: bool = False
     """Whether images lie beside folders of images, so that folders are no classes."""
-    ranged: bool = True
-    """Whether the data source can be told which values become black and white."""
 
 
 @dataclass(frozen=True)
@@ -150,12 +152,15 @@ def _data(
     made.add("data_source.channels", look.channels, f"of those looked at: {kinds}")
     if look.value_range is not None:
         low, high = (float(f"{bound:.6g}") for bound in look.value_range)
-        if wanted.ranged:
+        deep = look.modes.get(DEEP_GREY, 0)
+        if 0 < 2 * deep <= sum(look.modes.values()):  # what a few files hold is no measure for the others
+            made.notes.append(
+                f"{deep:,} of the images are 16-bit grey, with values between {low:g} and {high:g}, and are "
+                "scaled by 65,535: look whether they are too dark, and see data_source.value_range"
+            )
+        else:
             made.add("data_source.value_range", [low, high if high > low else low + 1.0],
                      "becomes 0..255: the .1 and 99.9 percentile of the values that are not 8-bit")  # fmt: skip
-        else:
-            made.notes.append(f"16-bit values lie between {low:g} and {high:g} and are scaled by 65,535: look whether "
-                              "the views are too dark")  # fmt: skip
     if look.unreadable:
         named = ", ".join(str(bad["path"]) for bad in look.unreadable[:3])
         more = f" and {len(look.unreadable) - 3} more" if len(look.unreadable) > 3 else ""
