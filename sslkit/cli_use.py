@@ -47,13 +47,11 @@ def init(folder: str, **how: Any) -> None:
 )
 @branch
 @checkpoint
-@click.option("--k", type=click.IntRange(min=1), default=200, show_default=True, help="knn: neighbours that vote.")
+@click.option("--k", type=click.IntRange(min=1), help="knn: neighbours that vote.  [default: as the run's own kNN]")
 @click.option(
     "--temperature",
     type=click.FloatRange(min=0, min_open=True),
-    default=0.1,
-    show_default=True,
-    help="knn: of the weights exp(cosine / temperature).",
+    help="knn: of the weights exp(cosine / temperature).  [default: as the run's own kNN]",
 )
 @click.option("--bank", type=click.IntRange(min=0), default=0, help="knn: training images in the bank; 0 is all.")
 @click.option("--queries", type=click.IntRange(min=0), default=0, help="Test images; 0 is all.")

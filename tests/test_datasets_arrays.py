@@ -189,10 +189,10 @@ def test_tiff_files_with_other_colours_and_without_tifffile(monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("package", "check", "compression"),
     [
-        ("tifffile", "full", None),
         ("tifffile", "headers", None),
         ("imagecodecs", "full", "lzw"),
-        ("imagecodecs", "full", "zstd"),
+        pytest.param("tifffile", "full", None, marks=pytest.mark.slow),
+        pytest.param("imagecodecs", "full", "zstd", marks=pytest.mark.slow),
     ],
 )
 def test_a_missing_package_is_no_fault_of_the_files_and_never_remembered(

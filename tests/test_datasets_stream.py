@@ -264,6 +264,7 @@ print(total / 1e6, peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_does_not_grow_with_the_set(tmp_path: Path) -> None:
     """200 MB of images in row groups of 5 MB, of which 40 MB may be held."""

@@ -390,6 +390,7 @@ print(total / 1e6, peak() - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("window", [0, 40])
 def test_memory_does_not_grow_with_the_set(tmp_path: Path, window: int) -> None:

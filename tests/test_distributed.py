@@ -85,6 +85,7 @@ with joined(torch.device("cpu")) as (world, _):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_against_lightlys_in_two_processes(tmp_path: Path) -> None:
     # Not Barlow Twins: lightly standardises each process's share by itself, so that its loss depends on their number.
     pytest.importorskip("lightly")

@@ -316,7 +316,10 @@ def run_page(page: Path, session: Session) -> None:
 
 
 FEATURES = DOCS / "tutorial" / "from-images-to-features.md"
-LONG = [DOCS / "how-to" / f"{name}.md" for name in ("evaluate", "export", "make-a-recipe-for-my-images")]
+LONG = [
+    DOCS / "how-to" / f"{name}.md"
+    for name in ("evaluate", "export", "make-a-recipe-for-my-images", "sweep", "train-on-several-gpus")
+]
 """Pages that take half a minute even with few images: the slow tests run them, and FEATURES."""
 
 

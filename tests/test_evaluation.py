@@ -4,6 +4,7 @@ import json
 import shutil
 import statistics
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -399,3 +400,15 @@ def test_the_reference_has_every_protocol_in_the_words_that_are_printed() -> Non
         assert f"## {name}" in page
         assert words in page
     assert ONCE in page
+
+
+def test_knn_is_that_of_the_run_unless_told_otherwise(run: Path) -> None:
+    own = tomllib.loads((run / "recipe.lock.toml").read_text())["observers"]
+    (knn,) = [table for table in own if table["use"] == "knn"]
+    said: list[str] = []
+    (record,) = sslkit.evaluate(run, ["knn"], floor=False, say=said.append).records
+    assert (record["options"]["k"], record["options"]["temperature"]) == (knn["k"], knn["temperature"])
+    (record,) = sslkit.evaluate(run, ["knn"], k=7, temperature=0.07, floor=False).records
+    assert (record["options"]["k"], record["options"]["temperature"]) == (7, 0.07)
+    sslkit.evaluate(run, ["knn"], k=10**6, floor=False, say=said.append)
+    assert any("lets all of them vote" in line for line in said)

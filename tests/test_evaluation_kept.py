@@ -278,3 +278,13 @@ def test_a_report_is_written_whatever_evaluation_json_says(run: Path) -> None:
     (run / "evaluation.json").write_text(f'{{"schema": 1, "records": [{{"protocol": "knn", "top1": {HUGE}}}]}}')
     done = command("report", str(run))
     assert done.exit_code == 0, done.output
+
+
+def test_figures_below_their_floors_and_few_test_images_are_told() -> None:
+    record = {"title": "knn (k 20)", "top1": 0.3, "random": 0.35, "pixels": 0.2, "spread": None, "data": {"test": 33}}
+    below, few = told.warnings([told.Evaluation(Path("run"), "run", 0, [record])])
+    assert below == "knn (k 20): below the random network (0.3500); by this measure the features are worth less"
+    assert few.startswith("33 test images are few: the standard error of such a top-1 is 0.080")
+    assert not told.warnings(
+        [told.Evaluation(Path("run"), "run", 0, [record | {"random": 0.1, "data": {"test": 10_000}}])]
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -27,6 +29,7 @@ from sslkit.encoder import encoder_of
 from sslkit.errors import RunFailed, UserError
 from sslkit.exporting import Export, export, graphs, hub
 from sslkit.exporting.prepared import Prepared
+from sslkit.image_files import reader_of
 from sslkit.opened_run import OpenedRun, digest_of, open_run
 from sslkit_crops import TwoCrops
 from sslkit_timm import Timm
@@ -345,3 +348,24 @@ def test_onnx_needs_its_packages(
     monkeypatch.setattr(graphs.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
     with pytest.raises(UserError, match=r"onnx needs onnxruntime, not installed here: pip install 'sslkit\[onnx\]'"):
         exporting("grey", tmp_path / "out", formats=("onnx",))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "CMYK"])
+def test_the_card_prepares_files_as_the_training_read_them(
+    mode: str, a_run: OpenedRun, exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    readme = (exported("usual") / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "create_transform" in b]
+    run = opened(a_run, "usual")
+    side = run.info.image_size
+    noise = np.random.default_rng(0).integers(0, 256, (side, side, 4), dtype=np.uint8)
+    picture = Image.fromarray(noise, "RGBA")
+    file = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    (picture if mode == "RGBA" else picture.convert("RGB").convert(mode)).save(file, exif=exif)
+    names: dict[str, object] = {"model": lambda pixels: pixels}
+    exec(block.replace("picture.jpg", str(file)), names)
+    pixels, _ = reader_of(run, side).read(file)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (run.info.mean, run.info.std))
+    assert torch.allclose(names["features"], ((pixels / 255 - mean) / std)[None], atol=0.02)  # type: ignore[arg-type]

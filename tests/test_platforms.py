@@ -70,7 +70,7 @@ def as_if(kind: str, code: str, *arguments: str, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.parametrize("kind", ["win32", "darwin"])
+@pytest.mark.parametrize("kind", ["win32", pytest.param("darwin", marks=pytest.mark.slow)])
 def test_every_module_can_be_imported(kind: str, tmp_path: Path) -> None:
     as_if(kind, IMPORT_ALL, str(ROOT), cwd=tmp_path)
 

@@ -404,6 +404,7 @@ def wait_for_step(step: int, process: subprocess.Popen[str]) -> None:
     raise AssertionError("the run never came to the step")
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(tiny: Path) -> None:
     first = started(tiny, *LONG)
     wait_for_step(5, first)
@@ -419,6 +420,7 @@ def test_two_processes_at_once(tiny: Path) -> None:
     assert (status()["status"], status()["attempt"]) == ("preempted", 1)
 
 
+@pytest.mark.slow
 def test_a_closed_terminal_saves_and_nohup_does_not_care(tiny: Path) -> None:
     """What a closed ssh session does: the terminal is gone, and everybody gets SIGHUP."""
     ours, theirs = pty.openpty()
@@ -439,6 +441,7 @@ def test_a_closed_terminal_saves_and_nohup_does_not_care(tiny: Path) -> None:
     nohup.communicate()
 
 
+@pytest.mark.slow
 def test_readers_of_both_streams_may_go_away(tiny: Path) -> None:
     process = started(tiny)
     assert process.stdout is not None

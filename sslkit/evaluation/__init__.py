@@ -28,8 +28,8 @@ def evaluate(
     *,
     branch: Branch = "evaluated",
     checkpoint: Literal["last", "best"] | int = "last",
-    k: int = 200,
-    temperature: float = 0.1,
+    k: int | None = None,
+    temperature: float | None = None,
     bank: int = 0,
     queries: int = 0,
     layer: Literal["backbone", "projection"] = "backbone",
@@ -55,9 +55,9 @@ def evaluate(
             them.
         branch: Whose weights; `evaluated` is the branch that the run's own figures are of.
         checkpoint: `last`, `best` or the number of a step. `best` was chosen by kNN on the test images.
-        k: Neighbours that vote in kNN.
-        temperature: Of their weights exp(cosine / temperature).
-        bank: Training images in kNN's bank; 0 is all.
+        k: Neighbours that vote in kNN; None is what the run's own kNN has.
+        temperature: Of their weights exp(cosine / temperature); None likewise.
+        bank: Training images in kNN's bank, and in no other protocol's; 0 is all.
         queries: Test images, of every protocol; 0 is all.
         layer: Whose output the features are: the backbone's or the projector's.
         labels: Percentages of the training images whose labels fine-tuning sees.
@@ -116,6 +116,7 @@ def _tell(text: str) -> None:
 def _told(found: Sequence[Evaluation]) -> Iterator[str]:
     """All that the command prints."""
     yield told.table(found)
+    yield from told.warnings(found)
     bases = dict.fromkeys(str(record["protocol"]) for record in found[0].records)
     for name in dict.fromkeys("patches" if base.startswith("patches") else base for base in bases):
         yield f"{name}: {WORDS[name]}"

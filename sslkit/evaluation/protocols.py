@@ -66,8 +66,9 @@ class Wanted:
     """What is to be measured."""
 
     protocols: Sequence[str] = ("knn", "linear")
-    k: int = 200
-    temperature: float = 0.1
+    k: int | None = None
+    """None: that of the run's own kNN."""
+    temperature: float | None = None
     bank: int = 0
     queries: int = 0
     layer: str = "backbone"
@@ -86,11 +87,10 @@ class Wanted:
                 raise UserError(f"protocols: there is no {name!r}{did_you_mean(str(name), NAMES)}; choose of {known}")
         if not self.protocols:
             raise UserError(f"protocols: none is named; choose of {', '.join(NAMES)}")
-        for name, least in (("k", 1), ("bank", 0), ("queries", 0), ("patches", 1), ("seeds", 1)):
-            _whole(name, getattr(self, name), least)
-        if self.epochs is not None:
-            _whole("epochs", self.epochs, 1)
-        if not _positive(self.temperature):
+        for name, least in (("k", 1), ("bank", 0), ("queries", 0), ("patches", 1), ("seeds", 1), ("epochs", 1)):
+            if name not in ("k", "epochs") or getattr(self, name) is not None:
+                _whole(name, getattr(self, name), least)
+        if self.temperature is not None and not _positive(self.temperature):
             raise UserError(f"temperature: should be a finite number above 0, not {self.temperature!r}")
         if self.layer not in ("backbone", "projection"):
             raise UserError(f"layer: should be 'backbone' or 'projection', not {self.layer!r}")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from sslkit import features, randomness
+from sslkit import features, randomness, registry
 from sslkit.errors import UserError
 from sslkit.evaluation import finetune, linear
 from sslkit.evaluation.material import TEST_SHARE, Material, Network, Split, features_of, some
@@ -53,7 +53,10 @@ def protocols_of(material: Material, wanted: Wanted) -> list[Protocol]:
     test = f"{TEST_SHARE:.0%} of train, which the encoder has seen" if material.held_out else "test"
     common = {"precision": "bf16" if material.bf16 else "fp32", "test_set": test, "queries": queries}
     bank = len(some(material.train, wanted.bank).where)
-    knn = {"k": min(wanted.k, bank), "temperature": wanted.temperature, "bank": bank, "distance": "cosine"}
+    k, temperature = _knn(material, wanted)
+    if k >= bank and any(name in ("knn", "patches") for name in wanted.protocols):
+        material.say(f"kNN: k = {k} of a bank of {bank} images lets all of them vote; make k smaller")
+    knn = {"k": min(k, bank), "temperature": temperature, "bank": bank, "distance": "cosine"}
     fitted = {"train": number, "standardised": True, "held_out": linear.HELD_OUT}
     swept = {"solver": "L-BFGS", "C": list(linear.STRENGTHS)}
     drawn = {"seeds": wanted.seeds} if wanted.seeds > 1 else {}
@@ -78,6 +81,14 @@ def protocols_of(material: Material, wanted: Wanted) -> list[Protocol]:
                     "crops": list(finetune.CROPS["scale"]), "flip": finetune.CROPS["flip"], **drawn, **common,
                 }))  # fmt: skip
     return found
+
+
+def _knn(material: Material, wanted: Wanted) -> tuple[int, float]:
+    """k and temperature: as asked for, else those of the run's own kNN, else 200 and .1."""
+    observers = material.recipe.observers
+    own: Any = next((observer for observer in observers if registry.short_name(type(observer)) == "knn"), None)
+    k, temperature = getattr(own, "k", 200), getattr(own, "temperature", 0.1)
+    return wanted.k or int(k), wanted.temperature or float(temperature)
 
 
 def score(material: Material, network: Network, protocol: Protocol, wanted: Wanted) -> Score | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -19,6 +20,9 @@ from sslkit.run_directory import cannot_lock, refuse_strays
 
 SCHEMA = 1
 FILE, FOLDER = "evaluation.json", "evaluation"
+FLOORS_IN_WORDS = {"random": "the random network", "initialised": "the weights it began with", "pixels": "raw pixels"}
+LARGE_ERROR = 0.015
+"""Standard error of a top-1 from which on it is told."""
 FLOORS = ("random", "initialised", "pixels")
 SAME = ("protocol", "options", "branch", "checkpoint", "data", "device")
 """Keys of a record that say what was measured: a newer one with the same takes an older one's place. What stands beside
@@ -194,6 +198,22 @@ def table(found: Sequence[Evaluation]) -> str:
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in (heads, *rows)]  # fmt: skip
     return "\n".join(map(printable, lines))
+
+
+def warnings(found: Sequence[Evaluation]) -> list[str]:
+    """What a reader of the table should not overlook: figures below their floors, and few test images."""
+    lines = []
+    for record in found[0].records:
+        above = [f"{FLOORS_IN_WORDS.get(name, name)} ({_floor(record, name)})" for name in FLOORS
+                 if isinstance(record.get(name), int | float) and record["top1"] < record[name]]  # fmt: skip
+        if above:
+            lines.append(f"{record['title']}: below {' and '.join(above)}; by this measure the features are worth less")
+    tests = found[0].records[0]["data"]["test"] if found[0].records else 0
+    errors = [math.sqrt(r["top1"] * (1 - r["top1"]) / tests) for one in found for r in one.records] if tests else []
+    if errors and max(errors) > LARGE_ERROR:
+        lines.append(f"{tests:,} test images are few: the standard error of such a top-1 is {max(errors):.3f}, beside "
+                     "any spread over seeds")  # fmt: skip
+    return lines
 
 
 def over_runs(found: Sequence[Evaluation]) -> list[tuple[Mapping[str, Any], float, float]]:

@@ -6,13 +6,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from sslkit import doctor, local
 from sslkit.api import Portable
 from sslkit.errors import UserError, printable
 from sslkit.exporting import graphs, hub
 from sslkit.exporting.prepared import Check, Job
+from sslkit.image_files import reading
 from sslkit.run_directory import read_json, read_metrics
 
 CARD = "README.md"
@@ -106,23 +107,31 @@ class Card:
                 "",
                 f"mean = torch.tensor({list(self.job.preparation.mean)}).view(-1, 1, 1)",
                 f"std = torch.tensor({list(self.job.preparation.std)}).view(-1, 1, 1)",
-                f"images = torch.rand(2, {channels}, {size}, {size})  # on the scale 0..1",
+                f"images = torch.rand(2, {channels}, {size}, {size})  # on the scale 0..1{self._scaled()}",
                 "with torch.no_grad():",
                 "    features = model((images - mean) / std)",
             )
         return _python(
             "import torch",
-            "from PIL import Image",
+            "from PIL import Image, ImageOps",
             "from timm.data import create_transform",
             "",
             "prepare = create_transform(",
             f'    input_size=({channels}, {size}, {size}), interpolation="bicubic", crop_pct=1.0,',
             f"    mean={self.job.preparation.mean}, std={self.job.preparation.std},",
             ")",
-            f'image = Image.open("picture.jpg").convert("{mode}")',
+            'image = ImageOps.exif_transpose(Image.open("picture.jpg"))',
+            "if image.has_transparency_data:  # laid on white, as the images of the training were",
+            '    white = Image.new("RGBA", image.size, "white")',
+            '    image = Image.alpha_composite(white, image.convert("RGBA"))',
             "with torch.no_grad():",
-            "    features = model(prepare(image).unsqueeze(0))",
+            f'    features = model(prepare(image.convert("{mode}")).unsqueeze(0))',
         )
+
+    def _scaled(self) -> str:
+        """What the data source made of values that are not 8-bit."""
+        told: Any = reading(self.job.opened).get("value_range")
+        return f", on which {told[0]:g} is 0 and {told[1]:g} is 1" if _is_range(told) else ""
 
     def _use_own(self) -> str:
         use = use_of(self.job.opened.tables, "backbone")
@@ -139,6 +148,10 @@ class Card:
             f"Squares of {made.size} px with {made.channels} channel{'s' * (made.channels > 1)}, on the scale 0..1, "
             f"less the mean {list(made.mean)}, over {list(made.std)}, channel by channel. The run's figures were "
             "measured on images of this size and preparation."
+        )
+        text += (
+            f" Files were read upright, transparency was laid on white, and values of 16 bits became 0..1 by their own "
+            f"scale{self._scaled()}; Pillow's `convert` alone does none of these."
         )
         if self.job.side != made.size:
             text += f" The graphs take {self.job.side} px instead, at which nothing was measured."
@@ -175,7 +188,8 @@ class Card:
     def _figures(self) -> str:
         told = read_json(self.job.opened.run / "evaluation.json").get("records")
         records = [r for r in told if isinstance(r, dict)] if isinstance(told, list) else []
-        own = [r for r in records if _table(r, "checkpoint").get("weights") == self.job.opened.weights]
+        own = [r for r in records if _table(r, "checkpoint").get("weights") == self.job.opened.weights
+               and not r.get("overrides")]  # fmt: skip
         if own:
             rows = [_evaluated(record) for record in own]
             text = "\n".join([
@@ -248,6 +262,11 @@ def _evaluated(record: Mapping[str, Any]) -> str:
         _figure(record.get("pixels")), ", ".join(images),
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
+
+
+def _is_range(value: object) -> bool:
+    numbers = isinstance(value, list) and len(value) == 2 and all(isinstance(bound, int | float) for bound in value)
+    return numbers and all(abs(bound) < 1e12 for bound in cast(list[float], value))
 
 
 def _table(record: Mapping[str, Any], key: str) -> Mapping[str, Any]:
