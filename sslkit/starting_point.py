@@ -40,6 +40,8 @@ TIMM = "timm:"
 LOCAL = "local-dir:"
 """How timm's name of a folder on this machine begins."""
 SUFFIX = ".safetensors"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
+"""What torch.save writes: opening it may run code, so it is refused, with the line that converts it."""
 
 
 class InitFrom(BaseModel):
@@ -120,7 +122,7 @@ def _table(value: object) -> object:
     text = os.fspath(value)
     if isinstance(text, str) and text.startswith(TIMM):
         return {"timm": text.removeprefix(TIMM)}
-    return {"file" if isinstance(text, str) and text.endswith(SUFFIX) else "run": text}
+    return {"file" if isinstance(text, str) and text.endswith((SUFFIX, *PICKLES)) else "run": text}
 
 
 def filled(value: object, info: ValidationInfo) -> object:

@@ -17,10 +17,8 @@ from sslkit.api import Backbone, RunInfo
 from sslkit.errors import UserError
 from sslkit.opened_run import digest_of
 from sslkit.recipe import Recipe
-from sslkit.starting_point import SUFFIX, InitFrom, Part
+from sslkit.starting_point import PICKLES, SUFFIX, InitFrom, Part
 
-PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
-"""What torch.save writes: opening it may run code."""
 CHUNK = 2**20
 
 

@@ -25,7 +25,7 @@ from sslkit.opened_run import digest_of
 from sslkit.preparation import prepare
 from sslkit.recipe import Recipe, parse_recipe, read_recipe
 from sslkit.run_directory import read_json, read_metrics
-from sslkit.starting_point import InitFrom
+from sslkit.starting_point import PICKLES, InitFrom
 from sslkit_convnet import ConvNet
 
 OFF = ("health", "probe", "tensorboard", "report")
@@ -298,3 +298,13 @@ def test_what_a_run_began_with_is_measured_beside_it(fetched: list[str]) -> None
 
 def test_a_backbone_that_is_not_timms_says_so() -> None:
     assert "init_from.timm: backbone 'convnet' is not one of timm's" in refused("timm:resnet18")
+
+
+@pytest.mark.parametrize("end", PICKLES)
+def test_a_pickle_named_alone_is_refused_as_one(end: str, tmp_path: Path) -> None:
+    file = tmp_path / f"weights{end}"
+    file.write_bytes(b"")
+    done = run("check", "quickstart", "--set", f"init_from={file}")
+    assert done.exit_code == 2
+    assert "torch.save" in done.output
+    assert "save_file" in done.output
