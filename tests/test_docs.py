@@ -334,7 +334,18 @@ def test_what_a_page_shows_runs(page: Path, folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_tutorial_says_what_its_trainings_say(folder: Path) -> None:
+    """With seed 0; tests/test_wheel.py has another."""
     run_page(DOCS / "tutorial" / "first-run.md", Session(folder, whole=True))
+    ends = {}
+    for name in ("quickstart", "geometry_only"):
+        lines = (folder / "runs" / name / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        records = [json.loads(line) for line in lines]
+        knn = [r["knn_top1"] for r in records if "knn_top1" in r]
+        assert knn[0] < 0.35, "the random network"
+        ends[name] = (knn[-1], [r["loss"] for r in records if "loss" in r][-1])
+    assert ends["quickstart"][0] > 0.9
+    assert ends["geometry_only"][0] < 0.3, "nothing learnt"
+    assert ends["geometry_only"][1] < 0.2, "with a loss near zero"
 
 
 @pytest.mark.slow

@@ -58,25 +58,6 @@ def records(folder: str) -> list[dict[str, float]]:
     return [json.loads(line) for line in Path(folder, "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
-def test_the_quickstart_ends_far_above_the_random_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Seed 0 is the tutorial's (tests/test_docs.py) and seed 2 the wheel's (tests/test_wheel.py)."""
-    monkeypatch.chdir(tmp_path)
-    run("train", "quickstart", "--set", "seed=3")
-    knn = [r["knn_top1"] for r in records("runs/quickstart") if "knn_top1" in r]
-    assert knn[0] < 0.35, "the random network"
-    assert knn[-1] > 0.9
-
-
-@pytest.mark.slow
-def test_geometry_alone_is_a_shortcut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    run("train", "quickstart", "--set", "view_generator.appearance=false", "--run-dir", "geometry")
-    found = records("geometry")
-    assert [r["loss"] for r in found if "loss" in r][-1] < 0.2, "a loss near zero"
-    assert [r["knn_top1"] for r in found if "knn_top1" in r][-1] < 0.3, "and nothing learnt"
-
-
 @pytest.fixture(scope="module")
 def slice_of_cifar10(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first 640 training and 100 test images of real CIFAR-10, as a data folder."""
@@ -97,7 +78,7 @@ SMALLER = {
     "nnbyol_cifar10": ["loss.queue=64"],
     "nnclr_cifar10": ["loss.queue=64"],
     "ressl_cifar10": ["loss.queue=64"],
-    # The queue from the start; prototypes and a last layer that move within the twenty steps.
+    # The queue from the start; prototypes and a last layer that move within the fifteen steps.
     "swav_cifar10": ["loss.queue=64", "loss.queue_start_epochs=0.2", "loss.freeze_prototypes_epochs=0.1"],
     "dino_cifar10": ["projector.freeze_last_layer_epochs=0.1"],
     "empssl_cifar10": ["train.batch_size=8", "view_generator.views=[{count=4}]"],
@@ -157,15 +138,15 @@ def test_the_recipes_for_folders_cut_views_from_originals_without_a_finding(
 def test_the_cifar10_recipes_train_and_go_on(
     name: str, slice_of_cifar10: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twenty steps on real images, finite and without a warning; and what follows a checkpoint is what would have."""
+    """Fifteen steps on real images, finite and without a warning; what follows a checkpoint is what would have."""
     monkeypatch.setenv("SSLKIT_DATA", str(slice_of_cifar10))
     monkeypatch.chdir(tmp_path)
-    said = run("train", name, *small(name), "--steps", "25", "--run-dir", "whole")
+    said = run("train", name, *small(name), "--steps", "15", "--run-dir", "whole")
     assert "warning" not in said, said
-    run("train", name, *small(name), "--steps", "20", "--run-dir", "parts")
-    assert "going on from step 20" in run("train", name, *small(name), "--steps", "25", "--run-dir", "parts")
+    run("train", name, *small(name), "--steps", "10", "--run-dir", "parts")
+    assert "going on from step 10" in run("train", name, *small(name), "--steps", "15", "--run-dir", "parts")
     losses = {f: [(r["step"], r["loss"]) for r in records(f) if "loss" in r] for f in ("whole", "parts")}
-    assert [step for step, _ in losses["whole"]] == list(range(1, 26))
+    assert [step for step, _ in losses["whole"]] == list(range(1, 16))
     assert all(loss is not None and math.isfinite(loss) for _, loss in losses["whole"])
-    assert len({loss for _, loss in losses["whole"]}) > 20, "it moves"
+    assert len({loss for _, loss in losses["whole"]}) > 12, "it moves"
     assert losses["whole"] == losses["parts"]
