@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -145,7 +146,7 @@ def embed(run: str, folder: str, **how: Any) -> None:
 
 @click.command()
 @click.argument("run", type=click.Path())
-@click.argument("queries", nargs=-1, required=True, metavar="QUERY...", type=click.Path())
+@click.argument("queries", nargs=-1, metavar="QUERY...", type=click.Path())
 @click.argument("folder", type=click.Path())
 @click.option("-o", "--out", type=click.Path(), default="search.html", show_default=True, help="The page; overwritten.")
 @click.option("--neighbours", type=click.IntRange(min=1), default=24, show_default=True, help="Images shown per query.")
@@ -155,10 +156,13 @@ def embed(run: str, folder: str, **how: Any) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Paths and cosines as JSON, and no page.")
 @local_code
 @leaving_out
-def search(run: str, queries: tuple[str, ...], folder: str, **how: Any) -> None:
+@click.pass_context
+def search(ctx: click.Context, /, run: str, queries: tuple[str, ...], folder: str, **how: Any) -> None:
     """Show the images below FOLDER that are nearest to each QUERY, an image file, as one HTML page."""
     from sslkit.searching import command
 
+    if not queries:
+        raise click.UsageError(f"Missing argument '{'FOLDER' if Path(folder).is_file() else 'QUERY...'}'.", ctx)
     command(run, queries, folder, **how)
 
 

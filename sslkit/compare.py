@@ -14,7 +14,8 @@ from sslkit.compare_groups import Group
 from sslkit.describe import as_toml
 from sslkit.errors import printable
 from sslkit.page import page_path, save
-from sslkit.recorded import ABSENT, Run, expanded, is_number, read_runs
+from sslkit.recorded import ABSENT, Run, expanded, read_runs
+from sslkit.rules import is_number
 
 DRAWN = {
     "loss": ("Loss", "What was minimised, at the batch of that step."),

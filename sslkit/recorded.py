@@ -12,6 +12,7 @@ from typing import Any
 from sslkit.charts import Curve
 from sslkit.errors import SslkitError, UserError, did_you_mean
 from sslkit.recipe import Recipe, read_recipe
+from sslkit.rules import is_number
 from sslkit.run_directory import read_json, read_metrics, refuse_strays
 
 ABSENT = "\N{EN DASH}"
@@ -188,8 +189,3 @@ def names(places: Sequence[Path]) -> list[str]:
         "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in name(place, length))
         for place, length in zip(places, lengths, strict=True)
     ]
-
-
-def is_number(value: object) -> bool:
-    """Whether something that was read from a file is a number that can be reckoned with."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300

@@ -223,7 +223,7 @@ class Facts(_Known):
         return "initialised network" if self.initialised else "random network"
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
     """Whether a value of a record is a number that can be reckoned with."""
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
 
@@ -256,11 +256,11 @@ class Course:
         """A record more, as it stands in `metrics.jsonl`."""
         self.records.append(record)
         step, epoch = record.get("step"), record.get("epoch")
-        step = int(step) if step is not None and _is_number(step) else len(self.records) - 1
-        epoch = float(epoch) if epoch is not None and _is_number(epoch) else 0.0
+        step = int(step) if step is not None and is_number(step) else len(self.records) - 1
+        epoch = float(epoch) if epoch is not None and is_number(epoch) else 0.0
         self._newest = step, epoch
         for key, value in record.items():
-            if _is_number(value):
+            if is_number(value):
                 points = self._points.setdefault(key, Points([], [], []))
                 points.steps.append(step)
                 points.epochs.append(epoch)

@@ -26,6 +26,7 @@ MAX_DEPTH = 32
 _MOST_PARTS = 100
 # tomllib's time grows with the square of the parts of a key.
 _DEEP_KEY = re.compile(rf"""(?<![\w-])(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{_MOST_PARTS}}}""")
+_BARE_POINT = re.compile(r"[+-]?(\d+\.|\.\d+)([eE][+-]?\d+)?")
 MAX_BASES = 16
 """Recipes that extend one another in a row."""
 
@@ -332,13 +333,13 @@ def _override(tables: dict[str, Any], overrides: Iterable[str], origin: Origin) 
 
 
 def _typed(raw: str, override: str) -> object:
-    """A value as TOML reads it; a bare word is a string."""
+    """A value as TOML reads it; a bare word is a string. `.03` and `3.`, which TOML does not know, are numbers too."""
     try:
         read = tomllib.loads(f"value = {raw}")
     except RecursionError:
         raise UserError(f"--set {override[:60]}...: is nested too deeply") from None
     except ValueError:
-        return raw
+        return float(raw) if _BARE_POINT.fullmatch(raw) else raw
     if len(read) > 1:  # more lines than one, which would set other keys
         return raw
     if unfit := _unfit(read):

@@ -239,6 +239,14 @@ def test_timm_trains_a_classifier_on_it(exported: Callable[[str], Path], network
         assert (tuple(found["mean"]), tuple(found["std"])) == ((0.4914, 0.4822, 0.4465), (0.247, 0.2435, 0.2616))
 
 
+def test_the_line_that_loads_it_can_be_pasted(exporting: Callable[..., Export], tmp_path: Path) -> None:
+    said = exporting("usual", tmp_path / 'Bäume "1"').text()
+    (line,) = re.findall(r"(timm\.create_model\(.*\)) loads it", said)
+    assert "Bäume" in line
+    assert sum(p.numel() for p in eval(line, {"timm": timm}).parameters()) > 0
+    assert "\x1b" not in exporting("usual", tmp_path / "with\x1b[2J").text()
+
+
 @in_turn
 def test_an_export_is_somewhere_to_start_from(
     a_run: OpenedRun, exported: Callable[[str], Path], networks: tuple[str, ...]

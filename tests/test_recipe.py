@@ -179,6 +179,9 @@ def test_set_is_typed_and_validated_like_the_file() -> None:
     assert errors(TINY, "train.batch_sze=64") == [
         "--set train.batch_sze=64: train.batch_sze: unknown option; did you mean 'batch_size'?"
     ]
+    for spelt, value in ((".03", 0.03), ("3.", 3.0), (".5e-1", 0.05), ("3e-2", 0.03)):
+        assert parse_recipe(TINY, "r.toml", [f"optimizer.lr={spelt}"]).optimizer.lr == value
+    assert parse_recipe(TINY, "r.toml", ["name=v.03"]).name == "v.03"
     assert "should be a valid integer" in errors(TINY, "train.batch_size=many")[0]
     assert "should read key=value" in errors(TINY, "train.batch_size")[0]
 

@@ -316,3 +316,7 @@ def test_mistakes_are_told_in_a_line(run: Path, plain: Path, query: Path, tmp_pa
         assert said.exit_code == 2, said.output
         assert problem in said.stderr
         assert len(said.stderr.splitlines()) == 1
+    for given, missing in ((query, "FOLDER"), (plain, "QUERY...")):
+        said = sslkit_command("search", str(run), str(given))
+        assert said.exit_code == 2
+        assert f"Missing argument '{missing}'" in said.stderr

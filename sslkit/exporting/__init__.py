@@ -188,5 +188,7 @@ def _note(job: Job, folder: Path) -> str:
             "sslkit; --format torch and --format onnx write it whole"
         )
     if hub.is_by_name(job.known):
-        return f"timm.create_model({json.dumps(f'local-dir:{folder}')}, pretrained=True) loads it"
+        name = f"local-dir:{folder}"
+        quoted = json.dumps(name, ensure_ascii=not name.isprintable())
+        return f"timm.create_model({quoted}, pretrained=True) loads it"
     return f"timm has no name for this network: {folder / CARD} has the lines that build and load it"

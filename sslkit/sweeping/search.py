@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sslkit.errors import SslkitError, UserError
-from sslkit.recorded import is_number
+from sslkit.rules import is_number
 from sslkit.run_directory import read_json
 from sslkit.sweeping import plan, pool, spaces
 from sslkit.sweeping.grid import Progress, Waiting
