@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,11 @@ def test_files_that_are_none(weights: dict[str, Tensor]) -> None:
         assert "is a folder or a device" in refused("p.safetensors")
 
 
-def test_the_conversion_that_the_refusal_names_gives_the_file(weights: dict[str, Tensor]) -> None:
+def test_the_conversion_that_the_refusal_names_gives_the_file(
+    weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # `python` is that of the environment that sslkit is in, whether or not it is activated.
+    monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
     torch.save(weights, "w.pth")
     command = refused({"file": "w.pth"}).partition("convert it: ")[2]
     assert os.system(command) == 0
