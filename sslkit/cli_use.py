@@ -54,8 +54,8 @@ def init(folder: str, **how: Any) -> None:
     type=click.FloatRange(min=0, min_open=True),
     help="knn: of the weights exp(cosine / temperature).  [default: as the run's own kNN]",
 )
-@click.option("--bank", type=click.IntRange(min=0), default=0, help="knn: training images in the bank; 0 is all.")
-@click.option("--queries", type=click.IntRange(min=0), default=0, help="Test images; 0 is all.")
+@click.option("--bank", type=click.IntRange(min=0), help="knn, patches: training images in kNN's bank.  [default: all]")
+@click.option("--queries", type=click.IntRange(min=0), default=0, help="Test images, of every protocol; 0 is all.")
 @click.option(
     "--layer",
     type=click.Choice(["backbone", "projection"]),
@@ -63,15 +63,13 @@ def init(folder: str, **how: Any) -> None:
     show_default=True,
     help="Whose output the features are.",
 )
-@click.option("--labels", default="1,10,100", show_default=True, help="finetune: percentages of the labels.")
+@click.option("--labels", help="finetune: percentages of the labels.  [default: 1,10,100]")
 @click.option("--epochs", type=click.IntRange(min=1), help="linear_sgd, finetune: epochs.  [default: the protocol's]")
-@click.option("--patches", type=click.IntRange(min=1), default=16, show_default=True, help="patches: views per image.")
+@click.option("--patches", type=click.IntRange(min=1), help="patches: views per image.  [default: 16]")
 @click.option(
     "--seeds",
     type=click.IntRange(min=1),
-    default=1,
-    show_default=True,
-    help="Repeat what is drawn at random (splits, batches) so many times: mean and spread.",
+    help="All but knn: repeat what is drawn at random (splits, batches) so often: mean and spread.  [default: 1]",
 )
 @click.option(
     "--set",

@@ -118,8 +118,8 @@ def explained(found: Iterable[Finding]) -> list[Finding]:
 
 # ---------------------------------------------------------------- what is told
 
-UNLABELLED = "no labels: the verdict rests on spread, rank and LiDAR, which find broken runs and do not rank sound ones"
-"""What a verdict ends with where quality could not be measured."""
+UNMEASURED = "the verdict rests on spread, rank and LiDAR, which find broken runs and do not rank sound ones"
+"""What a verdict ends with where quality could not be measured, behind the reason."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +138,8 @@ class Examination:
     """Whether the run was begun and nothing of its training is recorded."""
     unproven: str = ""
     """Why finding nothing does not make a run healthy, where it does not."""
-    unlabelled: bool = False
-    """Whether there are no labels, so that nothing tells how good the features are."""
+    unlabelled: str = ""
+    """Which labels there are not, where nothing tells how good the features are for that."""
 
     def count(self, severity: Severity) -> int:
         """Findings of one severity."""
@@ -154,7 +154,7 @@ class Examination:
     def verdict(self) -> str:
         """One line: whether to trust the run, and what to do first."""
         missing = "" if not self.broken else f" (rules that are broken and were not asked: {self.broken})"
-        rests = f"; {UNLABELLED}" if self.unlabelled and not self.count("error") else ""
+        rests = f"; {self.unlabelled}: {UNMEASURED}" if self.unlabelled and not self.count("error") else ""
         return self._judged + rests + missing
 
     @property
@@ -271,10 +271,12 @@ def _unproven(course: Course) -> str:
     return f"{why}, and there is no figure of the random network to compare with"
 
 
-def _unlabelled(course: Course) -> bool:
-    """Whether a run has no labels, and nothing recorded is an accuracy all the same."""
+def _unlabelled(course: Course) -> str:
+    """Which labels a run has not, if nothing recorded is an accuracy all the same."""
     measured = course.facts.quality or ("knn_top1", "probe_top1")
-    return course.facts.labelled is False and not any(course.points(key).values for key in measured)
+    if course.facts.labelled is not False or any(course.points(key).values for key in measured):
+        return ""
+    return "no labels" if course.facts.classes is None else "no labelled test images"
 
 
 def _figures(course: Course) -> list[str]:

@@ -23,7 +23,7 @@ from sslkit import local, registry
 from sslkit.api import Backbone, RunInfo
 from sslkit.errors import RunFailed, UserError
 from sslkit.recipe import Recipe
-from sslkit.starting_point import PLACES, InitFrom, Part, moved
+from sslkit.starting_point import PLACES, SEEN_FROM, InitFrom, Part, moved
 from sslkit.weights_files import Import, file_digest, imported, misfit
 from sslkit.words import spoken
 
@@ -246,7 +246,7 @@ def _no_run(run: Path, fork: bool) -> str:
     here = Path(run.parent.name, run.name)
     if not fork and (here / "recipe.lock.toml").is_file():
         return f"is not there; a path in a recipe is seen from the recipe's folder, and {here} is at {here.resolve()!s}"
-    return "is not there; give the directory of a run, as runs/NAME"
+    return f"is not there; give the directory of a run, as runs/NAME{'' if fork else f'; {SEEN_FROM}'}"
 
 
 def _load(run: Path, given: InitFrom, key: str, tell: Callable[[str], None]) -> tuple[checkpoints.Checkpoint, str]:

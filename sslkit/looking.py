@@ -38,10 +38,12 @@ class FileReader(Protocol):
 class Unclassed(UserError):
     """Images lie beside folders of images, so that folders are no classes."""
 
-    def __init__(self, line: str, folder: Path) -> None:
+    def __init__(self, line: str, folder: Path, what: str) -> None:
         super().__init__(line)
         self.folder = folder
         """Where they lie."""
+        self.what = what
+        """`1 image lies beside 3 folders, as loose.png`."""
 
 
 @dataclass(frozen=True)

@@ -40,6 +40,7 @@ TIMM = "timm:"
 LOCAL = "local-dir:"
 """How timm's name of a folder on this machine begins."""
 SUFFIX = ".safetensors"
+SEEN_FROM = "a path in a recipe is seen from the recipe's folder, one in --set from the working directory"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".tar", ".pkl")
 """What torch.save writes: opening it may run code, so it is refused, with the line that converts it."""
 
@@ -108,6 +109,13 @@ class InitFrom(BaseModel):
             return f"timm's {self.timm_name}" if self.file is None else str(local.near(Path(self.file)))
         step = f"step {self.checkpoint}" if isinstance(self.checkpoint, int) else f"its {self.checkpoint} checkpoint"
         return f"{local.near(Path(self.run))}, {step}"
+
+    @property
+    def source(self) -> str:
+        """As `words`, with the folders of this machine left out: for whoever has another."""
+        last = {key: Path(path).name for key in ("run", "file") if (path := getattr(self, key)) is not None}
+        timm = self.timm and moved(self.timm, lambda folder: Path(folder).name)
+        return self.model_copy(update={**last, "timm": timm}).words
 
     @property
     def timm_name(self) -> str | None:

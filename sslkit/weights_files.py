@@ -17,7 +17,7 @@ from sslkit.api import Backbone, RunInfo
 from sslkit.errors import UserError
 from sslkit.opened_run import digest_of
 from sslkit.recipe import Recipe
-from sslkit.starting_point import PICKLES, SUFFIX, InitFrom, Part
+from sslkit.starting_point import PICKLES, SEEN_FROM, SUFFIX, InitFrom, Part
 
 CHUNK = 2**20
 
@@ -161,8 +161,9 @@ def file_digest(path: Path) -> str:
             f'torch.load(sys.argv[1], weights_only=True).items()}}, sys.argv[2])" {path.name} {path.stem}{SUFFIX}'
         )
     if not path.is_file():
-        problem = "is a folder or a device" if path.exists() else "is not there; a path in a recipe is seen from it"
-        raise UserError(f"{where}: {problem}; give a {SUFFIX} file")
+        if path.exists():
+            raise UserError(f"{where}: is a folder or a device; give a {SUFFIX} file")
+        raise UserError(f"{where}: is not there; give a {SUFFIX} file; {SEEN_FROM}")
     found = hashlib.sha256()
     try:
         with path.open("rb") as file:

@@ -167,7 +167,7 @@ def test_links(root, opened, tmp_path):
     ("names", "options", "message"),
     [
         ([], {}, "holds no images"),
-        (["a/1.png", "2.png"], {}, "holds images beside folders"),
+        (["a/1.png", "2.png"], {}, "1 image lies beside 1 folder, as 2.png; put every"),
         (["train/a/1.png", "test/b/1.png"], {}, r"1 class folder \(b\) for which"),
         (["train/1.png", "test/b/1.png"], {}, "classes cannot be compared"),
         (["1.png"], {"root": "/does/not/exist"}, "data_source.root: /does/not/exist does not exist"),

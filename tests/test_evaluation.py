@@ -185,7 +185,7 @@ def test_seeds_give_mean_and_sample_standard_deviation(run: Path) -> None:
     assert len(record["seeds"]) == len(record["chosen"]) == 3
     assert record["top1"] == statistics.fmean(record["seeds"])
     assert record["spread"] == statistics.stdev(record["seeds"])
-    [alone] = evaluation.evaluate(run, ["knn"], seeds=3, floor=False, **SMALL).records
+    alone, _ = evaluation.evaluate(run, ["knn", "linear_sgd"], epochs=1, seeds=2, floor=False, **SMALL).records
     assert (len(alone["seeds"]), alone["spread"]) == (1, None), "kNN draws nothing"
 
 
@@ -245,7 +245,8 @@ def test_the_command_prints_a_table_and_a_line_of_markdown(run: Path) -> None:
     assert done.exit_code == 0, done.output
     [record] = told.read(run)
     floors = f"(random {record['random']:.4f}, pixels {record['pixels']:.4f})"
-    line = f"| mine | step 20, online | knn (k 20, T 0.1, bank 200) {record['top1']:.4f} {floors} |"
+    title = "knn (k 20, T 0.1, bank 200, 100 of 450 test images)"
+    line = f"| mine | step 20, online | {title} {record['top1']:.4f} {floors} |"
     assert line in done.stdout
     assert WORDS["knn"] in done.stdout
     assert ONCE in done.stdout
@@ -283,7 +284,10 @@ def test_runs_of_other_recipes_are_not_averaged(run: Path, tmp_path: Path) -> No
     ("arguments", "said"),
     [
         (("--labels", "1,x"), "labels: should be percentages such as 1,10,100"),
-        (("--labels", "0"), "labels: should be percentages above 0"),
+        (("--labels", "0", "--protocol", "finetune"), "labels: should be percentages above 0"),
+        (("--labels", "1"), "labels: is an option of finetune, and would be ignored by knn and linear"),
+        (("--protocol", "linear", "--bank", "9"), "bank: is an option of knn and patches, and would be ignored by"),
+        (("--protocol", "knn", "--seeds", "3"), "leave it out, or ask for linear, too"),
         (("--protocol", "finetune", "--layer", "projection"), "finetune trains the backbone"),
         (("--checkpoint", "7"), "has no checkpoint 7"),
         (("--set", "data_source.use=nothing"), "data_source"),
@@ -303,18 +307,20 @@ def test_python_says_what_is_wrong_too(run: Path) -> None:
     for wrong, said in (
         ({"protocols": ["linaer"]}, "there is no 'linaer'; did you mean 'linear'"),
         ({"protocols": []}, "none is named"),
+        ({"protocols": ["linaer"], "k": 3}, "there is no 'linaer'; did you mean 'linear'"),
+        ({"protocols": ["linear"], "patches": 3}, "patches: is an option of patches, and would be ignored by linear"),
         ({"k": 0}, "k: should be a whole number of 1 or more"),
         ({"seeds": 1.5}, "seeds: should be"),
         ({"temperature": 0}, "temperature: should be a finite number above 0"),
         ({"temperature": float("inf")}, "temperature: should be a finite number above 0"),
         ({"temperature": 10**400}, "temperature: should be a finite number above 0"),
         ({"temperature": True}, "temperature: should be a finite number above 0"),
-        ({"epochs": 0}, "epochs: should be"),
-        ({"epochs": True}, "epochs: should be"),
-        ({"labels": [True]}, "labels: should be"),
+        ({"protocols": ["finetune"], "epochs": 0}, "epochs: should be"),
+        ({"protocols": ["finetune"], "epochs": True}, "epochs: should be"),
+        ({"protocols": ["finetune"], "labels": [True]}, "labels: should be"),
         ({"layer": "head"}, "layer: should be"),
         ({"device": "tpu"}, "device: should be"),
-        ({"labels": [200]}, "labels: should be"),
+        ({"protocols": ["finetune"], "labels": [200]}, "labels: should be"),
     ):
         with pytest.raises(sslkit.UserError, match=said):
             evaluation.evaluate(run, **wrong)  # type: ignore[arg-type]

@@ -66,22 +66,30 @@ def test_a_network_that_only_sslkit_builds(copied: Path) -> None:
     assert all(torch.equal(found[name], own[name]) for name in own)
     text = (folder / "README.md").read_text()
     assert "sslkit's backbone `convnet`" in text
+    assert "Without sslkit, export it as a graph: `--format torch` or `--format onnx`." in text
     assert '"widths": [8, 8]' in text
     assert "library_name" not in text
 
 
 def test_as_graphs_it_needs_no_sslkit(copied: Path) -> None:
     pytest.importorskip("onnxruntime")
-    done = run("export", str(copied), "--format", "onnx", "--format", "torch", "--to", str(copied / "graphs"), "--json")
+    formats = ("--format=onnx", "--format=torch", "--format=timm")
+    done = run("export", str(copied), *formats, "--to", str(copied / "graphs"), "--json")
     assert done.exit_code == 0, done.output
     told = json.loads(done.output)
-    assert [check["file"] for check in told["checks"]] == ["model.pt2", "model.onnx"]
+    assert [check["file"] for check in told["checks"]] == ["model.safetensors", "model.pt2", "model.onnx"]
     assert told["folder"] == str(copied / "graphs")
     assert told["graph_size"] == 16
+    text = (copied / "graphs" / "README.md").read_text()
+    assert "Without sslkit, take the graph below." in text
+    assert "--format" not in text
     program = torch.export.load(copied / "graphs" / "model.pt2").module()
     given = torch.randint(0, 256, (7, 3, 16, 16)).to(torch.uint8)
     wanted = sslkit.load_encoder(copied).features(given)
     torch.testing.assert_close(program(given.float() / 255), wanted, rtol=1e-5, atol=1e-5)
+    done = run("export", str(copied), "--to", str(copied / "graphs"))
+    assert "took the place of an export that also had model.onnx, model.pt2; name all formats" in done.output
+    assert names(copied / "graphs") == ALL
 
 
 LOCAL = """
@@ -315,6 +323,52 @@ def test_the_card_has_the_figures_of_these_weights_alone(copied: Path) -> None:
     assert row in (text := text_of(export(copied)))
     assert "0.99" not in text
     assert "`evaluation.json` has figures of other weights alone." in text_of(export(copied, checkpoint=5))
+
+
+@pytest.mark.parametrize(
+    ("options", "is_a_try"),
+    [
+        ({"queries": 100, "of": 1000}, True),
+        ({"queries": 1000, "of": 1000, "k": 20, "bank": 200}, False),
+        ({"queries": 1000, "of": 1000, "k": 200, "bank": 200}, True),
+        ({"queries": 1000}, False),
+        ({"queries": "1", "of": None, "k": [], "bank": True}, False),
+    ],
+)
+def test_the_card_leaves_tries_out(copied: Path, options: dict[str, Any], is_a_try: bool) -> None:
+    record = {
+        "protocol": "knn", "options": options, "top1": 0.5312, "random": 0.25, "pixels": 0.125, "initialised": 0.375,
+        "checkpoint": {"weights": open_run(copied).weights}, "data": {"train": 5000, "test": 1000},
+    }  # fmt: skip
+    (copied / "evaluation.json").write_text(json.dumps({"records": [record]}))
+    text = text_of(export(copied))
+    assert ("0.5312" in text) is not is_a_try
+    assert ("all images vote, are left out." in text) is is_a_try
+    if not is_a_try:
+        assert "| Protocol | Top-1 | Random network | Weights it began with | Raw pixels | Data |" in text
+        assert "| 0.5312 | 0.2500 | 0.3750 | 0.1250 | 5,000 training, 1,000 test |" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"run": "/data/ada/runs/first", "checkpoint": 840}, "with the weights of `first, step 840` (`init_from`)"),
+        ({"file": "/data/ada/secret/encoder.safetensors"}, "with the weights of `encoder.safetensors` (`init_from`)"),
+        ({"timm": "resnet18.a1_in1k"}, "with the weights of `timm's resnet18.a1_in1k` (`init_from`)"),
+        ({"timm": "local-dir:/data/ada/own"}, "with the weights of `timm's local-dir:own` (`init_from`)"),
+        ({"nonsense": 3}, "with the weights of another training (`init_from`)"),
+        (3, "with the weights of another training (`init_from`)"),
+    ],
+)
+def test_the_card_says_whose_weights_it_began_with_and_not_where_they_lie(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: object, words: str
+) -> None:
+    opened = open_run(trained)
+    opened = replace(opened, tables={**opened.tables, "init_from": given})
+    monkeypatch.setattr("sslkit.exporting.open_run", lambda *_, **__: opened)
+    text = text_of(export(trained, tmp_path / "out"))
+    assert f"| Began | {words} |" in text
+    assert "ada" not in text
 
 
 def test_the_card_says_what_is_not_known_and_what_the_doctor_found(copied: Path) -> None:

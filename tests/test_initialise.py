@@ -22,7 +22,7 @@ from sslkit.preparation import prepare
 from sslkit.recipe import Recipe, parse_recipe, read_recipe
 from sslkit.rules import Course, Facts
 from sslkit.run_directory import read_json, read_metrics
-from sslkit.starting_point import InitFrom
+from sslkit.starting_point import SEEN_FROM, InitFrom
 from sslkit_rules.curves import quality
 from sslkit_rules.progress import knn_not_improving
 
@@ -215,7 +215,7 @@ def test_a_part_that_is_named_has_to_be_there() -> None:
 @pytest.mark.parametrize(
     ("init", "says"),
     [
-        ("runs/gone", "init_from: runs/gone: is not there; give the directory of a run, as runs/NAME"),
+        ("runs/gone", f"init_from: runs/gone: is not there; give the directory of a run, as runs/NAME; {SEEN_FROM}"),
         ("runs", "init_from: runs: is no run directory (it has no recipe.lock.toml); give one as runs/NAME"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -324,6 +325,8 @@ def test_a_folder_that_nobody_prepared(tmp_path: Path) -> None:
     assert "equal files" in told.output
     assert "unreadable" in told.output
     tables = tomllib.loads(Path("out/r.toml").read_text())
+    assert tables["name"] == "r", "after its file: two recipes of one folder have a run directory each"
+    assert re.search(r"\d+ images lie beside 2 folders, as \S+: folders can be no classes", told.output)
     assert tables["data_source"]["classes"] == "none"
     assert tables["data_source"]["max_bad"] > 2 / 40
     assert tables["observers"][0]["enabled"] is False
@@ -338,7 +341,7 @@ def test_a_folder_that_nobody_prepared(tmp_path: Path) -> None:
         (("train/a", "train/b", "test/a", "test/b", "val/a"), "holds both test/ and val/"),
         (("train/a", "train/b", "test/a", "test/c"), "class folder (c) for which"),
         (("train/a", "train/b", "other"), "holds train/ beside other"),
-        (("train", "train/a", "test/a"), "train holds images beside folders"),
+        (("train", "train/a", "test/a"), "train: 6 images lie beside 1 folder, as"),
         (("", "test"), "is test/ there to test on?"),
     ],
 )

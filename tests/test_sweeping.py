@@ -178,6 +178,18 @@ def test_a_dry_run_shows_the_runs_and_leaves_nothing(recipe: Path) -> None:
     assert not (recipe.parent / "runs").exists()
 
 
+def test_a_number_in_the_place_of_a_schedule_is_told(recipe: Path) -> None:
+    told = sweep("--grid", "optimizer.lr=.1,.2", "--grid", "loss.form=byol,simsiam", "--dry-run").output.splitlines()
+    assert told[0] == (
+        "note: optimizer.lr: is one number throughout each run, without the recipe's warmup_cosine; its own numbers "
+        "are optimizer.lr.peak, optimizer.lr.warmup_steps, optimizer.lr.start, optimizer.lr.end"
+    )
+    assert not any(line.startswith("note:") for line in told[1:])
+    schedule = '{ use = "cosine", start = 0.9 }'
+    other = sweep("--grid", f"optimizer.lr={schedule}", "--set", "optimizer.lr.use=constant", "--dry-run").output
+    assert "note:" not in other
+
+
 def test_seeds_begin_with_the_recipes_own(recipe: Path) -> None:
     recipe.write_text(f"seed = 7\n{TINY}", encoding="utf-8")
     lines = sweep("--seeds", "2", "--dry-run").output.splitlines()

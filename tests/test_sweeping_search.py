@@ -165,7 +165,10 @@ def test_it_finds_what_is_good_and_says_how_to_train_it(faked: Callable[..., tup
     assert abs(math.log10(float(best)) + 1) < 0.3
     assert all(0.001 <= float(trial["values"]["optimizer.lr.peak"]) <= 1 for trial in found)
     assert output.splitlines()[0].startswith("maximised: kNN accuracy among training images")
-    assert output.splitlines()[-1] == f"the best: sslkit train ./tiny.toml --set optimizer.lr.peak={best}"
+    assert output.splitlines()[-1] == (
+        "the best, with a seed that chose nothing: sslkit train ./tiny.toml "
+        f"--set optimizer.lr.peak={best} --set seed=1 --run-dir runs/tiny-sweep-best"
+    )
     later = [abs(math.log10(float(trial["values"]["optimizer.lr.peak"])) + 1) for trial in found[12:]]
     first = [abs(math.log10(float(trial["values"]["optimizer.lr.peak"])) + 1) for trial in found[:10]]
     assert sum(later) / len(later) < sum(first) / len(first), "it learns from what it was told"

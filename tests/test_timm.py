@@ -247,7 +247,7 @@ def test_what_timm_has_is_the_same_whatever_is_adapted_to_it_or_drawn(name: str,
         ("resnet-10t", r"no model 'resnet-10t'; did you mean 'resnet10t'\?"),
         ("resnet18.a1_in1k", r"are those of 'resnet18', and backbone.model is 'resnet10t'; set backbone.model = 'resn"),
         ("resnet10t.nonsense", r"no weights 'resnet10t.nonsense'; of 'resnet10t' there are: c3_in1k"),
-        ("local-dir:/nowhere", r"the weights of 'local-dir:/nowhere' could not be had"),
+        ("local-dir:/nowhere", r"the weights of 'local-dir:/nowhere' could not be had .*\); check the folder$"),
     ],
 )
 def test_weights_that_are_not_there(name: str, problem: str):

@@ -210,11 +210,14 @@ def list_images(root: Path, info: DataInfo, *, classes: bool = True) -> Listing:
     if folders:
         walked = [*here, *(f"{name}/{below}" for name in folders for below in _walk(root / name, ()))]
     suffixes = SUFFIXES if any(_is_image(name, SUFFIXES) for name in walked) else ARRAYS
-    if classes and folders and any(_is_image(name, suffixes) for name in here):
+    if classes and folders and (loose := sorted(name for name in here if _is_image(name, suffixes))):
+        number = f"{len(loose):,} images lie" if len(loose) > 1 else "1 image lies"
+        what = f"{number} beside {len(folders):,} folder{'s' * (len(folders) > 1)}, as {loose[0]}"
         raise Unclassed(
-            f"{shown(root)} holds images beside folders; put every image into a class folder, or all into one "
-            'folder, or set data_source.classes = "none" to read them all without labels',
+            f"{shown(root)}: {what}; put every image into a class folder, or all into one folder, or set "
+            'data_source.classes = "none" to read them all without labels',
             root,
+            what,
         )
     names = sorted(name for name in walked if _is_image(name, suffixes))
     if not names:

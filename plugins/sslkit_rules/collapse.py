@@ -106,7 +106,8 @@ dimensional_collapse = Rule(
     severity="warning",
     cause="a loss without a term that decorrelates, views so strong that their noise outweighs the image, or a rate "
     "too high",
-    fix="raise the weight of the covariance or redundancy term, take a larger batch, or weaken the views",
+    fix="raise the weight of the covariance or redundancy term if the loss has one, take a larger batch, or weaken the "
+    "views",
     source="Jing et al. 2022 (arXiv 2110.09348), sections 3 to 5; Hua et al. 2021 (arXiv 2105.00470); the limits are "
     "calibrated",
     during=_few_dimensions,

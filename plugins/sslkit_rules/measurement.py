@@ -25,12 +25,15 @@ def _no_quality(facts: Facts) -> Seen | None:
     if facts.quality is None or facts.quality:
         return None
     if facts.labelled is False:
+        bare = facts.classes is None
         return Seen(
-            "the images have no labels, so neither kNN nor a probe can be measured: rank and spread tell a collapse, "
-            "and do not rank runs",
+            f"{'the images have no labels' if bare else 'there are no labelled test images'}, so neither kNN nor a "
+            "probe can be measured: rank and spread tell a collapse, and do not rank runs",
             severity="info",
-            fix="a few hundred labelled images as test and bank make kNN possible",
-        )
+            fix="a few hundred labelled images as test and bank make kNN possible" if bare else
+            "labelled images to test on make kNN possible; data_source.hold_out = 0.1, where the source has it, takes "
+            "them from the training images",
+        )  # fmt: skip
     labelled = "the images have labels, and " if facts.labelled else ""
     return Seen(f"{labelled}neither kNN nor a probe is measured")
 

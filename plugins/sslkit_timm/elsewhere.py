@@ -12,12 +12,13 @@ from torch import nn
 
 from sslkit.api import Portable, Pretrained, RunInfo
 from sslkit.errors import UserError, did_you_mean
+from sslkit.starting_point import LOCAL
 from sslkit_timm.models import arguments_of, build, line, use_small_image_stem
 
 if TYPE_CHECKING:
     from sslkit_timm import Timm
 
-SOURCES = ("local-dir:", "hf-hub:")
+SOURCES = (LOCAL, "hf-hub:")
 """How timm's names of models begin that are no names of its own."""
 
 
@@ -91,8 +92,8 @@ def _created(name: str, **arguments: Any) -> nn.Module:
         model: nn.Module = timm.create_model(name, pretrained=True, **arguments)
     except OSError as error:
         raise UserError(
-            f"init_from.timm: the weights of {name!r} could not be had ({line(error)}); connect to the network once, "
-            "or check the folder"
+            f"init_from.timm: the weights of {name!r} could not be had ({line(error)}); "
+            + ("check the folder" if name.startswith(LOCAL) else "connect to the network once")
         ) from error
     except Exception as error:  # a stranger's folder may bring about anything
         raise UserError(f"init_from.timm: timm cannot build {name!r} with its weights: {line(error)}") from error

@@ -26,7 +26,9 @@ class KNNObserver:
     def run_started(self, run: Run) -> None:
         train, test = run.data.train, run.data.test
         if test is None or train.labels is None or test.labels is None:
-            missing = "no test images" if test is None else "no labels"
+            missing = (
+                "no labels" if train.labels is None else "no test images" if test is None else "no labelled test images"
+            )
             run.say(f"kNN is not measured: this data source has {missing}")
             return
         # One fixed choice: figures of different seeds and steps then compare.

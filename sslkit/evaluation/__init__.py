@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sslkit.errors import UserError, printable
 from sslkit.evaluation import told
-from sslkit.evaluation.protocols import ONCE, WORDS, Wanted, percentages
+from sslkit.evaluation.protocols import OF, ONCE, WORDS, Wanted, given, percentages
 from sslkit.evaluation.told import Evaluation
 
 if TYPE_CHECKING:
@@ -30,13 +30,13 @@ def evaluate(
     checkpoint: Literal["last", "best"] | int = "last",
     k: int | None = None,
     temperature: float | None = None,
-    bank: int = 0,
+    bank: int | None = None,
     queries: int = 0,
     layer: Literal["backbone", "projection"] = "backbone",
-    labels: Sequence[float] = (1, 10, 100),
+    labels: Sequence[float] | None = None,
     epochs: int | None = None,
-    patches: int = 16,
-    seeds: int = 1,
+    patches: int | None = None,
+    seeds: int | None = None,
     floor: bool = True,
     cache: bool = True,
     overrides: Sequence[str] = (),
@@ -57,13 +57,13 @@ def evaluate(
         checkpoint: `last`, `best` or the number of a step. `best` was chosen by kNN on the test images.
         k: Neighbours that vote in kNN; None is what the run's own kNN has.
         temperature: Of their weights exp(cosine / temperature); None likewise.
-        bank: Training images in kNN's bank, and in no other protocol's; 0 is all.
+        bank: Training images in kNN's bank, and in no other protocol's; None and 0 are all.
         queries: Test images, of every protocol; 0 is all.
         layer: Whose output the features are: the backbone's or the projector's.
-        labels: Percentages of the training images whose labels fine-tuning sees.
+        labels: Percentages of the training images whose labels fine-tuning sees; None is 1, 10 and 100.
         epochs: Of `linear_sgd` and `finetune`; None is the protocol's own number.
-        patches: Views of an image whose features are averaged.
-        seeds: How often what is drawn at random (splits, batches) is drawn.
+        patches: Views of an image whose features are averaged; None is 16.
+        seeds: How often what is drawn at random (splits, batches) is drawn; None is once.
         floor: Measure the random network and raw pixels, too.
         cache: Use features that were kept, and keep them.
         overrides: Keys of `data_source`, as `sslkit train --set` takes them: `data_source.root=...`. Other data than
@@ -73,11 +73,15 @@ def evaluate(
         say: Told what goes on.
 
     Raises:
-        UserError: there is no run, its data have no labels or are not what they were, or an argument does not fit.
+        UserError: there is no run, its data have no labels or are not what they were, an argument does not fit, or
+            none of the protocols has it.
         RunFailed: a checkpoint is damaged, or the features are not finite.
     """
-    wanted = Wanted(tuple(protocols), k, temperature, bank, queries, layer, tuple(labels), epochs, patches, seeds,
-                    floor, cache, tuple(overrides))  # fmt: skip
+    own = given(tuple(protocols), k=k, temperature=temperature, bank=bank, epochs=epochs, patches=patches, seeds=seeds,
+                labels=None if labels is None else tuple(labels))  # fmt: skip
+    wanted = Wanted(
+        tuple(protocols), queries=queries, layer=layer, floor=floor, cache=cache, overrides=tuple(overrides), **own
+    )
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device: should be 'auto', 'cpu' or 'cuda', not {device!r}")
     from sslkit.opened_run import open_run
@@ -88,11 +92,12 @@ def evaluate(
 
 def command(runs: Sequence[str], **how: Any) -> None:
     """What the command does; its options are in `sslkit.cli_use`."""
+    protocols = how["protocols"] or ("knn", "linear")
+    labels = None if how["labels"] is None else percentages(how["labels"])
+    own = given(protocols, labels=labels, **{name: how[name] for name in OF if name != "labels"})
     wanted = Wanted(
-        protocols=how["protocols"] or ("knn", "linear"), k=how["k"], temperature=how["temperature"], bank=how["bank"],
-        queries=how["queries"], layer=how["layer"], labels=percentages(how["labels"]), epochs=how["epochs"],
-        patches=how["patches"], seeds=how["seeds"], floor=not how["no_floor"], cache=not how["no_cache"],
-        overrides=how["overrides"],
+        protocols, queries=how["queries"], layer=how["layer"], floor=not how["no_floor"], cache=not how["no_cache"],
+        overrides=how["overrides"], **own,
     )  # fmt: skip
     from sslkit import local
     from sslkit.opened_run import open_run

@@ -93,6 +93,8 @@ class Material:
     train: Split
     test: Part
     """Without labels, which the exam has alone."""
+    tests: int
+    """Labelled test images that there are; `test` may be a part of them."""
     exam: Exam
     classes: int
     held_out: bool
@@ -140,14 +142,15 @@ def open_material(
         say("there are no labelled test images: a fifth of the training images is held out, which the encoder has seen")
     else:
         test = _labelled("test", cast(Images, data.test))
-    test = some(test, queries)
+    tests, test = len(test.where), some(test, queries)
     classes = 1 + int(max(train.labels.max(), test.labels.max()))
     if len(train.labels.unique()) < 2:
         raise UserError(f"{opened.run}: all its labelled training images are of one class, so there is nothing to "
                         "classify; see that data_source finds the classes")  # fmt: skip
     return Material(
         opened=opened, recipe=recipe, data=data, train=train, test=Part(test.name, test.images, test.where),
-        exam=Exam(test.labels), classes=classes, held_out=held_out, device=choose_device(device), keep=keep, say=say,
+        tests=tests, exam=Exam(test.labels), classes=classes, held_out=held_out, device=choose_device(device),
+        keep=keep, say=say,
     )  # fmt: skip
 
 

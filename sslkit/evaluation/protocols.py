@@ -34,6 +34,12 @@ WORDS = {
 }
 """What the reference says and `sslkit evaluate` prints."""
 ONCE = "Test images are classified once, after every choice was made."
+OF: dict[str, tuple[Name, ...]] = {
+    "k": ("knn", "patches"), "temperature": ("knn", "patches"), "bank": ("knn", "patches"), "labels": ("finetune",),
+    "epochs": ("linear_sgd", "finetune"), "patches": ("patches",),
+    "seeds": ("linear", "linear_sgd", "finetune", "patches"),
+}  # fmt: skip
+"""Options that some protocols alone have; nothing of kNN is drawn at random."""
 EPOCHS = {"linear_sgd": {100: 100}, "finetune": {1: 60, 10: 30, 100: 30}}
 """By the percentage of labels, where `epochs` says nothing; a percentage between takes that of the one above."""
 
@@ -56,6 +62,8 @@ class Protocol:
             for key, word in told.items()
             if key in self.options
         ]
+        if self.options["queries"] < self.options["of"]:
+            parts.append(f"{self.options['queries']:,} of {self.options['of']:,} test images")
         if self.options.get("layer") == "projection":
             parts.append("projection")
         return f"{self.name} ({', '.join(parts)})" if parts else self.name
@@ -109,6 +117,21 @@ class Wanted:
         """Epochs of a protocol that trains."""
         by_labels = EPOCHS[name]
         return self.epochs or by_labels[next(share for share in sorted(by_labels) if share >= labels)]
+
+
+def given(protocols: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Those of the options in `OF` that are not None; for the others `Wanted` has a default.
+
+    Raises:
+        UserError: one is given that none of the protocols has, and would be ignored.
+    """
+    found = {name: value for name, value in options.items() if value is not None}
+    if all(name in WORDS for name in protocols):  # of any other `Wanted` tells
+        for name in found:
+            if protocols and not set(OF[name]).intersection(protocols):
+                raise UserError(f"{name}: is an option of {' and '.join(OF[name])}, and would be ignored by "
+                                f"{' and '.join(protocols)}; leave it out, or ask for {OF[name][0]}, too")  # fmt: skip
+    return found
 
 
 def _whole(name: str, value: object, least: int) -> None:

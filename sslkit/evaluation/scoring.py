@@ -51,7 +51,12 @@ def protocols_of(material: Material, wanted: Wanted) -> list[Protocol]:
     found = []
     number, queries = len(material.train.where), len(material.test.where)
     test = f"{TEST_SHARE:.0%} of train, which the encoder has seen" if material.held_out else "test"
-    common = {"precision": "bf16" if material.bf16 else "fp32", "test_set": test, "queries": queries}
+    common = {
+        "precision": "bf16" if material.bf16 else "fp32",
+        "test_set": test,
+        "queries": queries,
+        "of": material.tests,
+    }
     bank = len(some(material.train, wanted.bank).where)
     k, temperature = _knn(material, wanted)
     if k >= bank and any(name in ("knn", "patches") for name in wanted.protocols):

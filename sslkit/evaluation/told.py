@@ -205,9 +205,11 @@ def warnings(found: Sequence[Evaluation]) -> list[str]:
     lines = []
     for record in found[0].records:
         above = [f"{FLOORS_IN_WORDS.get(name, name)} ({_floor(record, name)})" for name in FLOORS
-                 if isinstance(record.get(name), int | float) and record["top1"] < record[name]]  # fmt: skip
+                 if isinstance(record.get(name), int | float) and record["top1"] <= record[name]]  # fmt: skip
         if above:
-            lines.append(f"{record['title']}: below {' and '.join(above)}; by this measure the features are worth less")
+            lines.append(
+                f"{record['title']}: not above {' and '.join(above)}; by this measure the features are worth no more"
+            )
     tests = found[0].records[0]["data"]["test"] if found[0].records else 0
     errors = [math.sqrt(r["top1"] * (1 - r["top1"]) / tests) for one in found for r in one.records] if tests else []
     if errors and max(errors) > LARGE_ERROR:

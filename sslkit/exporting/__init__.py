@@ -23,6 +23,7 @@ from sslkit.exporting.card import CARD, Card, use_of
 from sslkit.exporting.folder import TOLD, WRITTEN_BY, digest, refuse_foreign, replacing, tidy
 from sslkit.exporting.prepared import Check, Job, Preparation, Prepared, preparation_of, reference
 from sslkit.opened_run import Branch, open_run
+from sslkit.run_directory import read_json
 
 __all__ = ["Check", "Export", "Format", "Preparation", "command", "export"]
 
@@ -49,7 +50,7 @@ class Export:
             f"{images['size']} images, step {facts['step']}, {facts['branch']} network"
         ]
         lines += [f"  {check.words}" for check in self.checks]
-        return "\n".join(map(printable, [*lines, *([self.note] if self.note else [])]))
+        return "\n".join(map(printable, [*lines, *(self.note.splitlines())]))
 
     def as_json(self) -> str:
         """The facts, for a program."""
@@ -103,13 +104,17 @@ def export(
         side=preparation.size if size is None else size, opset=opset, licence=(licence or "").lower(),
         name=printable(str(opened.tables.get("name", "encoder") if name is None else name)),
     )  # fmt: skip
+    earlier = read_json(folder / TOLD).get("files")
     with replacing(folder) as staging:
         checks = tuple(_write(staging, job))
         (staging / CARD).write_text(Card(job, checks).text(), encoding="utf-8")
         facts = _facts(job) | {"checks": [asdict(check) for check in checks]}
         facts["files"] = {path.name: digest(path) for path in sorted(staging.iterdir())}
         (staging / TOLD).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    return Export(folder, facts, checks, _note(job, folder))
+    gone = sorted(set(earlier if isinstance(earlier, dict) else ()) - set(facts["files"]))
+    replaced = f"took the place of an export that also had {', '.join(gone)}; name all formats in one command to have "
+    notes = [_note(job, folder), f"{replaced}them together" if gone else ""]
+    return Export(folder, facts, checks, "\n".join(filter(None, notes)))
 
 
 def command(run: str, *, as_json: bool, **how: Any) -> None:
@@ -183,10 +188,9 @@ def _note(job: Job, folder: Path) -> str:
     if "timm" not in job.formats:
         return ""
     if job.known is None:
-        return (
-            f"backbone {use_of(job.opened.tables, 'backbone')!r} is no network of timm's, so that these weights need "
-            "sslkit; --format torch and --format onnx write it whole"
-        )
+        whole = "the graphs do not" if len(job.formats) > 1 else "--format torch and --format onnx write it whole"
+        name = use_of(job.opened.tables, "backbone")
+        return f"backbone {name!r} is no network of timm's, so that these weights need sslkit; {whole}"
     if hub.is_by_name(job.known):
         name = f"local-dir:{folder}"
         quoted = json.dumps(name, ensure_ascii=not name.isprintable())

@@ -15,8 +15,11 @@ from sslkit.exporting import graphs, hub
 from sslkit.exporting.prepared import Check, Job
 from sslkit.image_files import reading
 from sslkit.run_directory import read_json, read_metrics
+from sslkit.starting_point import InitFrom
 
 CARD = "README.md"
+FLOORS = {"random": "Random network", "initialised": "Weights it began with", "pixels": "Raw pixels"}
+"""What stands beside a figure, as a column."""
 
 
 @dataclass(frozen=True)
@@ -138,8 +141,12 @@ class Card:
         table = {name: value for name, value in self.job.opened.tables["backbone"].items() if name != "use"}
         return (
             f"`{hub.WEIGHTS}` holds the weights of sslkit's backbone {code(use)} with the options "
-            f"{code(json.dumps(table, default=str))}, which no other library builds. Without sslkit, export it as a "
-            "graph: `--format torch` or `--format onnx`."
+            f"{code(json.dumps(table, default=str))}, which no other library builds. "
+            + (
+                "Without sslkit, take the graph below."
+                if self._has(graphs.TORCH) or self._has(graphs.ONNX)
+                else "Without sslkit, export it as a graph: `--format torch` or `--format onnx`."
+            )
         )
 
     def _images(self) -> str:
@@ -179,8 +186,12 @@ class Card:
         return "\n".join(["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows.items())])
 
     def _began(self) -> str:
-        if "init_from" in self.job.opened.tables:
-            return "with the weights of another training (`init_from`)"
+        if (given := self.job.opened.tables.get("init_from")) is not None:
+            try:
+                source = InitFrom.model_validate_json(json.dumps(given, default=str)).source
+            except ValueError:  # a lock file that was changed, or a later sslkit's
+                return "with the weights of another training (`init_from`)"
+            return f"with the weights of {code(source)} (`init_from`)"
         if self.job.opened.tables["backbone"].get("pretrained"):
             return "with weights that somebody else trained (`backbone.pretrained`)"
         return f"at random, seed {self.job.opened.info.seed}"
@@ -190,14 +201,18 @@ class Card:
         records = [r for r in told if isinstance(r, dict)] if isinstance(told, list) else []
         own = [r for r in records if _table(r, "checkpoint").get("weights") == self.job.opened.weights
                and not r.get("overrides")]  # fmt: skip
-        if own:
-            rows = [_evaluated(record) for record in own]
-            text = "\n".join([
-                "| Protocol | Top-1 | Random network | Raw pixels | Data |", "| --- | --- | --- | --- | --- |", *rows,
-            ])  # fmt: skip
+        whole = [r for r in own if not _is_a_try(_table(r, "options"))]
+        if whole:
+            floors = {name: words for name, words in FLOORS.items()
+                      if name != "initialised" or any(name in record for record in whole)}  # fmt: skip
+            heads = ["Protocol", "Top-1", *floors.values(), "Data"]
+            rows = [_evaluated(record, list(floors)) for record in whole]
+            text = "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *rows])
         else:
-            other = " `evaluation.json` has figures of other weights alone." if records else ""
+            other = " `evaluation.json` has figures of other weights alone." if records and not own else ""
             text = (self._measured() or "None was measured on these weights.") + other
+        if len(whole) < len(own):
+            text += "\n\nFigures over a part of the test images, or of kNN in which all images vote, are left out."
         if self.job.opened.checkpoint == "best":
             text += (
                 "\n\nThe checkpoint was chosen by its kNN accuracy on test images, so that figures on these are a "
@@ -248,7 +263,14 @@ class Card:
         return "None was given: ask whoever trained it before you use or share it."
 
 
-def _evaluated(record: Mapping[str, Any]) -> str:
+def _is_a_try(options: Mapping[str, Any]) -> bool:
+    """Whether a figure says too little to be published: few test images, or the vote of a whole bank."""
+    queries, of, k, bank = (options.get(name) for name in ("queries", "of", "k", "bank"))
+    part = isinstance(queries, int) and isinstance(of, int) and queries < of
+    return part or (isinstance(k, int) and isinstance(bank, int) and k >= bank)
+
+
+def _evaluated(record: Mapping[str, Any], floors: Sequence[str]) -> str:
     options, data = _table(record, "options"), _table(record, "data")
     how = ", ".join(f"{name} = {value}" for name, value in options.items() if not isinstance(value, dict | list))
     top1 = _figure(record.get("top1"))
@@ -258,8 +280,8 @@ def _evaluated(record: Mapping[str, Any]) -> str:
     images = [f"{data[key]:,} {words}" for key, words in (("train", "training"), ("test", "test"))
               if isinstance(data.get(key), int)]  # fmt: skip
     cells = (
-        escaped(f"{record.get('protocol')}{f' ({how})' if how else ''}"), top1, _figure(record.get("random")),
-        _figure(record.get("pixels")), ", ".join(images),
+        escaped(f"{record.get('protocol')}{f' ({how})' if how else ''}"), top1,
+        *(_figure(record.get(name)) for name in floors), ", ".join(images),
     )  # fmt: skip
     return "| " + " | ".join(cells) + " |"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import logging
 import warnings
 from collections.abc import Iterator
 from importlib import metadata, util
@@ -90,10 +91,21 @@ def write_onnx(folder: Path, prepared: Prepared, reference: Reference, opset: in
 
 
 @contextlib.contextmanager
+def _without_logging() -> Iterator[None]:
+    """onnxscript logs the traceback of every conversion that it gives up."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
+
+
+@contextlib.contextmanager
 def _quietly(problem: str) -> Iterator[None]:
     """Without the exporters' warnings and progress, and with whatever they raise as one line."""
     try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _without_logging():
             warnings.simplefilter("ignore")
             yield
     except OSError:

@@ -64,7 +64,8 @@ def init(
     if not root.is_dir():
         raise UserError(f"{folder}: {'is no folder' if root.exists() else 'is not there'}; give a folder of images")
     _check_text(root.resolve())
-    named = name or _name_of(root.resolve())
+    # After the file, where there is one: two recipes of one folder have a run directory each.
+    named = name or _name_of(Path(out).stem if out else root.resolve().name)
     path = Path(out or f"{named}.toml")
     if path.exists():
         raise UserError(f"{path}: is there already and was left alone; give another path with -o")
@@ -122,9 +123,9 @@ def _check_text(folder: Path) -> None:
         raise UserError(f"{folder}: is no UTF-8 text, as the text of a recipe has to be; rename the folder") from None
 
 
-def _name_of(folder: Path) -> str:
-    """A recipe's name after a folder's."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", folder.name).strip("-._")[:100]
+def _name_of(text: str) -> str:
+    """A recipe's name after that of a folder or a file."""
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-._")[:100]
     return name or "images"
 
 
@@ -142,8 +143,8 @@ def _look(root: Path, asked: int, tell: Callable[[str], None]) -> tuple[Look, bo
             raise
         if held := next((name for name in SETS if (root / name).is_dir()), None):  # all would be trained on
             raise UserError(*error.lines, f"is {held}/ there to test on? Then put the others into train/") from None
-        tell("images lie beside folders, so that folders can be no classes: no labels are read. Move every image into "
-             "a folder of its class to have them")  # fmt: skip
+        tell(f"{error.what}: folders can be no classes then, and no labels are read. Move every image into a folder of "
+             "its class to have them")  # fmt: skip
         return source(root=str(root), size=LEAST, classes="none").look(info, asked or LOOKED_AT), True
 
 

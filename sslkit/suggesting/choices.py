@@ -296,7 +296,7 @@ def _train(
             f"for any method (CIFAR-10 takes 200 epochs); more --hours{cheaper} or a smaller --size give more"
         )
     fits = "as many as fit the device's memory" if found and found.batch_size == batch else (
-        "the recipes' usual" if batch == BATCH else f"{train:,} images give no more than {per_epoch} steps an epoch"
+        "the recipes' usual" if batch == BATCH else f"some {train:,} images give but {per_epoch} steps an epoch"
     )  # fmt: skip
     made.add("train.batch_size", batch, fits)
     if machine.fast_bf16 and (machine.device == "cuda" or _smallest(made, size) > SINGLE_PIXEL):
@@ -327,9 +327,9 @@ def _accepted(made: Choices, method: Method, batch: int, size: int, stem: str, t
     if stem == "default" and size <= SMALL_STEM:
         yield "stem_too_coarse", "the stem above is meant"
     if batch < LEAST_BATCH:
-        yield "batch_norm_small", f"there are {train} images"
+        yield "batch_norm_small", f"there are some {train} images"
     if method.few_negatives(batch):
-        yield "few_negatives", f"there are {train} images"
+        yield "few_negatives", f"there are some {train} images"
 
 
 # ---------------------------------------------------------------- observers

@@ -71,6 +71,8 @@ def command(
         ]
 
     _, runs = planned()  # what does not fit is refused before anything is written
+    for line in plan.constants(recipe, overrides, combinations):
+        say(f"note: {line}")
     if dry_run:
         show(runs)
         return 0

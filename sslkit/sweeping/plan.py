@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -16,6 +17,7 @@ from sslkit.diff import differences
 from sslkit.errors import RunFailed, UserError
 from sslkit.files import in_one_piece
 from sslkit.recipe import Recipe, parse_recipe, read_recipe
+from sslkit.rules import is_number
 from sslkit.run_directory import read_json, refuse_strays
 
 NOTE = "sweep.json"
@@ -124,6 +126,27 @@ def check_all(recipe: str, overrides: Sequence[str], asked: Sequence[Values]) ->
     if problems or first is None:
         raise UserError(*problems)
     return first
+
+
+def constants(recipe: str, overrides: Sequence[str], asked: Sequence[Values]) -> list[str]:
+    """A line for each key whose component in the recipe, as a schedule, the numbers asked for take the place of.
+
+    Raises:
+        UserError: the recipe cannot be read.
+    """
+    tables = tomllib.loads(read_recipe(recipe, overrides).to_toml())
+    lines = []
+    for key in asked[0]:
+        if not any(_NUMBER.fullmatch(values[key]) for values in asked):
+            continue
+        found: Any = tables
+        for part in key.split("."):
+            found = found.get(part) if isinstance(found, dict) else None
+        if isinstance(found, dict) and isinstance(found.get("use"), str):
+            numbers = [name for name, value in found.items() if is_number(value)]
+            ways = f"; its own numbers are {', '.join(f'{key}.{name}' for name in numbers)}" if numbers else ""
+            lines.append(f"{key}: is one number throughout each run, without the recipe's {found['use']}{ways}")
+    return lines
 
 
 def _words(values: Values) -> str:

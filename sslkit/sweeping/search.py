@@ -74,6 +74,8 @@ def command(
         return note
 
     note = planned()  # what does not fit is refused before anything is written
+    for line in plan.constants(how.recipe, how.overrides, [example]):
+        sweeping.say(f"note: {line}")
     if dry_run:
         begun = len(note.search["trials"]) if note.search else 0
         sweeping.say(f"{trials} trials of {seeds} {'run' if seeds == 1 else 'runs'} each, {begun} begun")
@@ -227,8 +229,15 @@ class Search:
         if found:
             best = self.trials[max(found, key=lambda pair: (pair[0], -pair[1]))[1]]["values"]
             sets = [*self.how.overrides, *(f"{key}={value}" for key, value in best.items())]
-            options = " ".join(f"--set {shlex.quote(text)}" for text in sets)
-            self._say(f"the best: sslkit train {shlex.quote(self.how.recipe)} {options}")
+            sets.append(
+                f"seed={self.seeds[-1] + 1}"
+            )  # the best of many runs was lucky; an unseen seed tells by how much
+            options = [option for text in sets for option in ("--set", text)]
+            options += ["--run-dir", f"{self.folder}-best"]
+            options += ["--steps", str(self.how.steps)] if self.how.steps else []
+            self._say(
+                f"the best, with a seed that chose nothing: sslkit train {shlex.join([self.how.recipe, *options])}"
+            )
 
 
 def measurement(job: Job, by: str) -> Task:
