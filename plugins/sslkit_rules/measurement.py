@@ -31,8 +31,8 @@ def _no_quality(facts: Facts) -> Seen | None:
             "probe can be measured: rank and spread tell a collapse, and do not rank runs",
             severity="info",
             fix="a few hundred labelled images as test and bank make kNN possible" if bare else
-            "labelled images to test on make kNN possible; data_source.hold_out = 0.1, where the source has it, takes "
-            "them from the training images",
+            "labelled images to test on, or a tenth of the training images held out (data_source.hold_out = 0.1), make "
+            "kNN possible",
         )  # fmt: skip
     labelled = "the images have labels, and " if facts.labelled else ""
     return Seen(f"{labelled}neither kNN nor a probe is measured")
