@@ -16,8 +16,6 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from sslkit.api import FileReader
 from sslkit.build import choose_device
@@ -26,6 +24,7 @@ from sslkit.errors import RunFailed, printable
 from sslkit.feature_files import Embedded, Parts, Restart, Rows, damaged, facts_of, finished, output
 from sslkit.image_files import Found, find, portions, reader_of
 from sslkit.opened_run import Branch, OpenedRun, open_run
+from sslkit.progress import counted
 from sslkit.words import spoken
 
 FEW = 3
@@ -171,7 +170,7 @@ def _compute(
     began, waited, gathered = time.monotonic(), 0.0, Rows()
     with (
         repeatable(),
-        _progress(number) as advance,
+        counted("images", number) as advance,
         contextlib.closing(portions(reader, found, batches, workers)) as read,
     ):
         for part in missing:
@@ -208,16 +207,3 @@ def repeatable() -> Iterator[None]:
     finally:
         torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = kept[:2]
         torch.backends.cudnn.allow_tf32 = kept[2]
-
-
-@contextlib.contextmanager
-def _progress(total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on stderr where that is a terminal; yields what moves it."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda by: None
-        return
-    columns = (TextColumn("images"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
-        task = bar.add_task("", total=total)
-        yield lambda by: bar.advance(task, by)

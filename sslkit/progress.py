@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from sslkit.errors import printable
 from sslkit.events import Run, observes
@@ -37,6 +47,20 @@ def say(console: Console, text: str) -> None:
     an order to it."""
     text = "\n".join(map(printable, text.split("\n")))
     console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+@contextlib.contextmanager
+def counted(words: str, total: int | None, *, size_in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar on stderr where that is a terminal and there is a total, gone when the block ends; yields `advance(by)`."""
+    console = Console(stderr=True)
+    if total is None or not console.file.isatty():  # FORCE_COLOR asks for colours, not for a bar in a file
+        yield lambda by: None
+        return
+    count = DownloadColumn() if size_in_bytes else MofNCompleteColumn()
+    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task(escape(printable(words)), total=total)
+        yield lambda by: bar.advance(task, by)
 
 
 class Display:

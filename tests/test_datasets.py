@@ -20,7 +20,7 @@ from sslkit.api import DataInfo
 from sslkit.errors import UserError
 from sslkit_datasets import CIFAR10, Digits, Folder, Parquet
 from sslkit_datasets.digits import print_scans
-from sslkit_datasets.images import Fingerprint, Store, progress, shown, sift, survey
+from sslkit_datasets.images import Fingerprint, Store, shown, sift, survey
 from sslkit_datasets.preparing import Preparation
 
 # ---------------------------------------------------------------- specs
@@ -131,21 +131,6 @@ def test_an_error_of_ours_in_the_pool_reaches_the_user():
     store = Store(10**9, 1.0)
     with pytest.raises(UserError, match="memory_limit_gb = 1"):
         survey([[png] * 200], 200, prepared=Preparation(3), store=store, workers=2, title="")
-
-
-def test_progress_is_for_terminals_only(capsys, monkeypatch):
-    with progress("reading", 10) as advance:
-        advance(10)
-    assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    for in_bytes in (True, False):
-        with progress("reading", 10, size_in_bytes=in_bytes) as advance:
-            advance(10)
-        printed = capsys.readouterr()
-        assert "reading" in printed.err
-        assert printed.out == ""
 
 
 # ---------------------------------------------------------------- digits

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import io
+import re
+import sys
 from types import SimpleNamespace
 
+import pytest
 from rich.console import Console
 
-from sslkit.progress import Display
+from sslkit.progress import Display, counted
 
 RUN = SimpleNamespace(info=SimpleNamespace(total_steps=20))
 
@@ -51,3 +54,26 @@ def test_on_a_terminal_one_line_is_drawn_over() -> None:
     text = out.getvalue()
     for expected in ("5/20", "epoch 0.5", "loss 3.5000", "kNN 0.2500", "going on from [step] 5"):
         assert expected in text
+
+
+@pytest.mark.parametrize(("in_bytes", "count"), [(False, "64/100"), (True, "64/100 bytes")])
+def test_images_are_counted_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch, in_bytes: bool, count: str) -> None:
+    out = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", out)
+    with counted("test images", 100) as advance:
+        advance(100)
+    assert out.getvalue() == ""
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with counted("test images", 100) as advance:
+        advance(64)
+    assert out.getvalue() == "", "colours were asked for, and no bar in a file"
+    monkeypatch.setattr(out, "isatty", lambda: True)
+    with counted("of unknown number", None) as advance:
+        advance(64)
+    assert out.getvalue() == ""
+    with counted("\x1b[31m[bold]test images", 100, size_in_bytes=in_bytes) as advance:
+        advance(64)
+    text = re.sub(r"\x1b\[[\d;?]*[A-Za-z]", "", out.getvalue())
+    assert "\\x1b[31m[bold]test images" in text
+    assert count in text

@@ -24,8 +24,9 @@ from filelock import FileLock
 
 from sslkit.api import DataInfo
 from sslkit.errors import UserError
+from sslkit.progress import counted
 from sslkit_datasets import parquet
-from sslkit_datasets.images import Fingerprint, InMemory, Opened, progress, shown
+from sslkit_datasets.images import Fingerprint, InMemory, Opened, shown
 from sslkit_datasets.shards import in_folder
 
 if TYPE_CHECKING:
@@ -228,7 +229,7 @@ def _download(root: Path, say: Callable[[str], None]) -> None:
         try:
             with urllib.request.urlopen(official.url, timeout=_TIMEOUT) as answer:
                 length = answer.headers.get("Content-Length")
-                with progress("CIFAR-10", int(length) if length else None, size_in_bytes=True) as advance:
+                with counted("CIFAR-10", int(length) if length else None, size_in_bytes=True) as advance:
                     while block := answer.read(2**18):
                         part.write(block)
                         md5.update(block)

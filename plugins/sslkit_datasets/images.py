@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 import json
 import stat
-import sys
 import tempfile
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +18,11 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from sslkit.api import Images
 from sslkit.errors import UserError, printable
+from sslkit.progress import counted
 from sslkit_datasets.bad import BadImageError
 from sslkit_datasets.decode import Pixels
 from sslkit_datasets.preparing import HEAD, Preparation, digest_of_head
@@ -190,7 +187,7 @@ def survey(
     findings: list[Finding] = []
     with (
         warnings.catch_warnings(),
-        progress(title, total if total > _MANY else None) as advance,
+        counted(title, total if total > _MANY else None) as advance,
         ThreadPoolExecutor(workers) as pool,
     ):
         # What Pillow warns of is either a problem that is reported by name or of no consequence.
@@ -346,16 +343,3 @@ def tell_left_out(say: Callable[[str], None], bad: Sequence[Mapping[str, str]], 
 def shown(path: Path | str) -> str:
     """A path for people: what a terminal would obey or choke on is escaped."""
     return printable(str(path))
-
-
-@contextlib.contextmanager
-def progress(title: str, total: int | None, *, size_in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """A progress bar on stderr if that is a terminal and `total` is given; yields `advance(by)`."""
-    if total is None or not sys.stderr.isatty():
-        yield lambda by: None
-        return
-    count = DownloadColumn() if size_in_bytes else MofNCompleteColumn()
-    columns = (TextColumn("{task.description}"), BarColumn(), count, TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(title, total=total)
-        yield lambda by: bar.advance(task, by)

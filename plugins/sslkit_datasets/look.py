@@ -17,10 +17,11 @@ from numpy.typing import NDArray
 
 from sslkit.api import DataInfo, Look
 from sslkit.environment import cores
+from sslkit.progress import counted
 from sslkit_datasets.arrays import Arrays
 from sslkit_datasets.bad import BadImageError
 from sslkit_datasets.folder import Listing, list_sets
-from sslkit_datasets.images import load, progress, shown, state_of
+from sslkit_datasets.images import load, shown, state_of
 from sslkit_datasets.kinds import Kind, kind_of_image
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ def look_at(spec: Folder, info: DataInfo, limit: int = 0) -> Look:
     ranged = set(_spread(len(chosen), _RANGED))
     with (
         warnings.catch_warnings(),
-        progress("looking at images", len(chosen) if len(chosen) > _MANY else None) as advance,
+        counted("looking at images", len(chosen) if len(chosen) > _MANY else None) as advance,
         ThreadPoolExecutor(spec.workers or cores()) as pool,
     ):
         warnings.filterwarnings("ignore", module=r"PIL\.")

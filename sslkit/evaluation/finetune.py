@@ -17,6 +17,7 @@ from sslkit.api import ViewMaker
 from sslkit.errors import UserError
 from sslkit.evaluation.linear import stratified
 from sslkit.evaluation.material import Material, Network, Part, Split
+from sslkit.progress import counted
 
 RATES = (0.01, 0.03, 0.1)
 BATCH = 128
@@ -95,7 +96,9 @@ def _trained(
     solver = torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9, nesterov=True)
     batch = min(BATCH, len(split.where))
     per_epoch = len(split.where) // batch
-    with randomness.seeded(seed, "finetune"):
+    what = f"{network.name} network: {epochs} epoch{'s' * (epochs > 1)} on {len(split.where):,} images, lr {rate:g}"
+    material.say(f"finetune: {what}")
+    with counted(what, epochs * per_epoch) as advance, randomness.seeded(seed, "finetune"):
         for step in range(epochs * per_epoch):
             epoch, position = divmod(step, per_epoch)
             if position == 0:
@@ -113,6 +116,7 @@ def _trained(
             solver.zero_grad()
             loss.backward()
             solver.step()
+            advance(1)
     return model
 
 

@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Literal, Self, cast
 
@@ -25,6 +26,7 @@ from sslkit.evaluation import told
 from sslkit.evaluation.linear import stratified
 from sslkit.files import in_one_piece
 from sslkit.opened_run import OpenedRun, digest_of
+from sslkit.progress import counted
 from sslkit.recipe import Recipe
 from sslkit.run_directory import read_metrics
 from sslkit.viewing import Viewing, moved
@@ -284,12 +286,14 @@ def features_of(material: Material, network: Network, split: Part, patches: int 
     def compute(missing: Tensor) -> Tensor:
         if network.name != "pixels":
             material.say(f"{network.name} network: features of {len(missing):,} {split.name} images")
-        if patches:
-            return _patches(material, network, split, missing, patches)
-        return features.features(
-            network.module, split.images, missing, material.opened.views.clean, material.device, bf16=material.bf16,
-            channels_last=material.opened.channels_last,
-        )  # fmt: skip
+        with counted(f"{network.name}, {split.name} images", len(missing)) as advance:
+            if patches:
+                return _patches(material, network, split, missing, patches, advance)
+            done = chain([0], repeat(features.CHUNK))  # it is asked before each chunk
+            return features.features(
+                network.module, split.images, missing, material.opened.views.clean, material.device,
+                bf16=material.bf16, channels_last=material.opened.channels_last, poll=lambda: advance(next(done)),
+            )  # fmt: skip
 
     rows = cache.get(("features", split.name), split.where, compute).to(material.device)
     if not rows.isfinite().all():
@@ -300,7 +304,9 @@ def features_of(material: Material, network: Network, split: Part, patches: int 
     return rows
 
 
-def _patches(material: Material, network: Network, split: Part, where: Tensor, number: int) -> Tensor:
+def _patches(
+    material: Material, network: Network, split: Part, where: Tensor, number: int, advance: Callable[[int], None]
+) -> Tensor:
     """Views are drawn for CHUNK neighbours in the set at a time, for those that are not wanted, too.
 
     So an image has the same ones whatever else was wanted with it, or before. `where` ascends.
@@ -322,6 +328,7 @@ def _patches(material: Material, network: Network, split: Part, where: Tensor, n
                 outputs = [network.module(_as_kept(made[v], material)).float() for v in chosen]
                 seen = torch.stack(outputs, dim=1).reshape(len(part), draws * len(chosen), -1)
                 found.append(seen[:, :number].mean(dim=1))
+                advance(len(part))
     return torch.cat(found)
 
 
