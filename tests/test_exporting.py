@@ -126,7 +126,8 @@ def test_what_it_says_of_itself(copied: Path) -> None:
     assert told == json.loads(json.dumps(done.facts))
     assert (told["step"], told["branch"], told["weights"]) == (5, "target", opened.weights)
     assert (told["name"], told["licence"], told["run"]) == ("Mine", "cc-by-4.0", "run")
-    assert told["images"] == {"channels": 3, "size": 16, "mean": list(opened.info.mean), "std": list(opened.info.std)}
+    mean, std = list(opened.info.mean), list(opened.info.std)
+    assert told["images"] == {"channels": 3, "size": 16, "raw": 16, "mean": mean, "std": std}
     assert told["recipe_hash"] == opened.facts["recipe_hash"]
     assert told["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert str(copied) not in (done.folder / "sslkit.json").read_text(), "where it was made is nobody's business"

@@ -358,22 +358,41 @@ def test_onnx_needs_its_packages(
         exporting("grey", tmp_path / "out", formats=("onnx",))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "CMYK"])
+@pytest.mark.parametrize(
+    ("mode", "raw"), [("RGB", 32), ("RGBA", 32), ("LA", 32), ("P", 32), ("L", 32), ("CMYK", 32), ("RGB", 48)]
+)
 def test_the_card_prepares_files_as_the_training_read_them(
-    mode: str, a_run: OpenedRun, exported: Callable[[str], Path], tmp_path: Path
+    mode: str, raw: int, a_run: OpenedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    readme = (exported("usual") / "README.md").read_text(encoding="utf-8")
-    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "create_transform" in b]
+    """Oblong pictures that lie on their side."""
     run = opened(a_run, "usual")
-    side = run.info.image_size
-    noise = np.random.default_rng(0).integers(0, 256, (side, side, 4), dtype=np.uint8)
+    run = replace(run, info=replace(run.info, image_size=raw))
+    monkeypatch.setattr("sslkit.exporting.open_run", lambda *_, **__: run)
+    readme = (export(a_run.run, tmp_path / "out").folder / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "picture.jpg" in b]
+    noise = np.random.default_rng(0).integers(0, 256, (70, 101, 4), dtype=np.uint8)
     picture = Image.fromarray(noise, "RGBA")
     file = tmp_path / ("picture.jpg" if mode == "CMYK" else "picture.png")
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
+    exif[0x0112] = 6
     (picture if mode == "RGBA" else picture.convert("RGB").convert(mode)).save(file, exif=exif)
     names: dict[str, object] = {"model": lambda pixels: pixels}
     exec(block.replace("picture.jpg", str(file)), names)
-    pixels, _ = reader_of(run, side).read(file)
-    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (run.info.mean, run.info.std))
-    assert torch.allclose(names["features"], ((pixels / 255 - mean) / std)[None], atol=0.02)  # type: ignore[arg-type]
+    pixels, _ = reader_of(run).read(file)
+    assert pixels.shape == (3, raw, raw)
+    torch.testing.assert_close(
+        names["features"], run.views.clean(pixels[None]), rtol=0, atol=1e-4 if raw > 32 else 1e-5
+    )
+
+
+def test_the_card_says_where_a_view_generator_resizes_otherwise(
+    a_run: OpenedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(a_run, "usual")
+    clean = run.views.clean
+    monkeypatch.setattr(run.views, "clean", lambda images: clean(images[..., :32, :32]))
+    for raw, told in ((32, False), (48, True)):
+        found = replace(run, info=replace(run.info, image_size=raw))
+        monkeypatch.setattr("sslkit.exporting.open_run", lambda *_, found=found, **__: found)
+        text = (export(a_run.run, tmp_path / "out").folder / "README.md").read_text(encoding="utf-8")
+        assert ("resizes squares of 48 px in a way of its own" in text) is told

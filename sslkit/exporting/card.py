@@ -12,12 +12,14 @@ from sslkit import doctor, local
 from sslkit.api import Portable
 from sslkit.errors import UserError, printable
 from sslkit.exporting import graphs, hub
-from sslkit.exporting.prepared import Check, Job
+from sslkit.exporting.prepared import Check, Job, difference, pictures_of
 from sslkit.image_files import reading
 from sslkit.run_directory import read_json, read_metrics
 from sslkit.starting_point import InitFrom
 
 CARD = "README.md"
+ALIKE = 1e-4
+"""How far resized pixels may be from the run's own, as a share of the largest."""
 FLOORS = {"random": "Random network", "initialised": "Weights it began with", "pixels": "Raw pixels"}
 """What stands beside a figure, as a column."""
 
@@ -114,22 +116,38 @@ class Card:
                 "with torch.no_grad():",
                 "    features = model((images - mean) / std)",
             )
-        return _python(
+        raw = self.job.preparation.raw
+        resize = f'F.interpolate(pixels, ({size}, {size}), mode="bicubic", antialias=True).clamp(0, 1)'
+        code = _python(
+            "import numpy",
             "import torch",
+            *(["import torch.nn.functional as F"] if raw != size else []),
             "from PIL import Image, ImageOps",
-            "from timm.data import create_transform",
             "",
-            "prepare = create_transform(",
-            f'    input_size=({channels}, {size}, {size}), interpolation="bicubic", crop_pct=1.0,',
-            f"    mean={self.job.preparation.mean}, std={self.job.preparation.std},",
-            ")",
+            f"mean = torch.tensor({list(self.job.preparation.mean)}).view(-1, 1, 1)",
+            f"std = torch.tensor({list(self.job.preparation.std)}).view(-1, 1, 1)",
             'image = ImageOps.exif_transpose(Image.open("picture.jpg"))',
             "if image.has_transparency_data:  # laid on white, as the images of the training were",
             '    white = Image.new("RGBA", image.size, "white")',
             '    image = Image.alpha_composite(white, image.convert("RGBA"))',
+            f'image = ImageOps.fit(image.convert("{mode}"), ({raw}, {raw}), Image.Resampling.BICUBIC)',
+            f"pixels = torch.from_numpy(numpy.array(image)).view(1, {raw}, {raw}, {channels})",
+            "pixels = pixels.permute(0, 3, 1, 2) / 255",
+            *([f"pixels = {resize}"] if raw != size else []),
             "with torch.no_grad():",
-            f'    features = model(prepare(image.convert("{mode}")).unsqueeze(0))',
+            "    features = model((pixels - mean) / std)",
         )
+        return code if self._resizes_alike() else (
+            f"{code}\n\nThe run's view generator resizes squares of {raw} px in a way of its own, so that these "
+            "features differ a little from those of `sslkit embed`."
+        )  # fmt: skip
+
+    def _resizes_alike(self) -> bool:
+        """Whether the code resizes as the run's view generator does."""
+        made = self.job.preparation
+        pictures = pictures_of(made, made.raw)
+        wanted, got = self.job.opened.views.clean(pictures), made.normalise(made.resize(pictures.float() / 255))
+        return made.raw == made.size or difference(wanted, got) <= ALIKE
 
     def _scaled(self) -> str:
         """What the data source made of values that are not 8-bit."""

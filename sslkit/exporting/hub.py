@@ -118,7 +118,7 @@ def _preparation_in(folder: Path, given: Preparation) -> Preparation:
         return given
     told = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["pretrained_cfg"]
     channels, size, _ = told["input_size"]
-    return Preparation(channels, size, tuple(told["mean"]), tuple(told["std"]))
+    return Preparation(channels, size, size, tuple(told["mean"]), tuple(told["std"]))
 
 
 def read(path: Path) -> dict[str, Tensor]:

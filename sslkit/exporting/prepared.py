@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sslkit import randomness
@@ -30,6 +31,8 @@ class Preparation:
     channels: int
     size: int
     """Side in pixels of the squares that the run's figures were measured on."""
+    raw: int
+    """Side of the squares that are made of files, which the view generator resizes to `size`."""
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
@@ -37,6 +40,11 @@ class Preparation:
         """Float `[N, C, H, W]` on the scale 0..1, normalised."""
         mean, std = (pixels.new_tensor(values).view(-1, 1, 1) for values in (self.mean, self.std))
         return (pixels - mean) / std
+
+    def resize(self, pixels: Tensor) -> Tensor:
+        """Float `[N, C, raw, raw]` on the scale 0..1 as `size` squares, in the way of sslkit's own views."""
+        size = (self.size, self.size)
+        return F.interpolate(pixels, size=size, mode="bicubic", antialias=True).clamp(0, 1)
 
 
 def preparation_of(opened: OpenedRun) -> Preparation:
@@ -52,7 +60,7 @@ def preparation_of(opened: OpenedRun) -> Preparation:
     if found is not None:
         black, span = (values.flatten().tolist() for values in found)
         mean = tuple(_shortest(-b / s) for b, s in zip(black, span, strict=True))
-        made = Preparation(channels, width, mean, tuple(_shortest(1 / s) for s in span))
+        made = Preparation(channels, width, side, mean, tuple(_shortest(1 / s) for s in span))
         # The same for each pixel, too: constant pictures would not show a crop.
         pictures = pictures_of(made, made.size)
         wanted, got = opened.views.clean(pictures), made.normalise(pictures.float() / 255)
