@@ -385,6 +385,45 @@ def test_the_card_prepares_files_as_the_training_read_them(
     )
 
 
+@pytest.mark.parametrize("value_range", [None, (175.0, 3368.5)])
+def test_the_card_scales_deep_grey_as_the_training_did(
+    value_range: tuple[float, float] | None, a_run: OpenedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(a_run, "grey")
+    source = {"use": "folder", **({"value_range": list(value_range)} if value_range else {})}
+    run = replace(run, tables={**run.tables, "data_source": source})
+    monkeypatch.setattr("sslkit.exporting.open_run", lambda *_, **__: run)
+    readme = (export(a_run.run, tmp_path / "out").folder / "README.md").read_text(encoding="utf-8")
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "picture.jpg" in b]
+    file = tmp_path / "picture.png"
+    deep = np.random.default_rng(0).integers(0, 5000 if value_range else 65536, (70, 101)).astype(np.uint16)
+    Image.fromarray(deep).save(file)
+    names: dict[str, object] = {"model": lambda pixels: pixels}
+    exec(block.replace("picture.jpg", str(file)), names)
+    pixels, _ = reader_of(run).read(file)
+    assert pixels.float().std() > 20, "neither black nor white"
+    torch.testing.assert_close(names["features"], run.views.clean(pixels[None]), rtol=0, atol=1e-5)
+
+
+def test_the_card_clips_bands_at_the_range_of_the_training(
+    a_run: OpenedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = opened(a_run, "bands")
+    run = replace(run, tables={**run.tables, "data_source": {"use": "folder", "value_range": [-5.0, 300.0]}})
+    monkeypatch.setattr("sslkit.exporting.open_run", lambda *_, **__: run)
+    readme = (export(a_run.run, tmp_path / "out").folder / "README.md").read_text(encoding="utf-8")
+    assert "on which -5 is 0 and 300 is 1, clipped there and rounded to 1/255" in readme
+    (block,) = [b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "values = " in b]
+    file = tmp_path / "bands.npy"
+    deep = np.random.default_rng(0).integers(-100, 400, (32, 32, 5)).astype(np.int16)
+    np.save(file, deep)
+    given = torch.from_numpy(deep).permute(2, 0, 1)[None].double()
+    names: dict[str, object] = {"model": lambda pixels: pixels, "given": given}
+    exec(re.sub(r"values = .*", "values = given", block), names)
+    pixels, _ = reader_of(run).read(file)
+    torch.testing.assert_close(names["features"], run.views.clean(pixels[None]), rtol=0, atol=1e-5, check_dtype=False)
+
+
 def test_the_card_says_where_a_view_generator_resizes_otherwise(
     a_run: OpenedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,11 +112,12 @@ class Card:
                 "",
                 f"mean = torch.tensor({list(self.job.preparation.mean)}).view(-1, 1, 1)",
                 f"std = torch.tensor({list(self.job.preparation.std)}).view(-1, 1, 1)",
-                f"images = torch.rand(2, {channels}, {size}, {size})  # on the scale 0..1{self._scaled()}",
+                *self._made_up(f"2, {channels}, {size}, {size}"),
                 "with torch.no_grad():",
                 "    features = model((images - mean) / std)",
             )
         raw = self.job.preparation.raw
+        low, high = self._range or (0.0, 65535.0)
         resize = f'F.interpolate(pixels, ({size}, {size}), mode="bicubic", antialias=True).clamp(0, 1)'
         code = _python(
             "import numpy",
@@ -127,6 +128,15 @@ class Card:
             f"mean = torch.tensor({list(self.job.preparation.mean)}).view(-1, 1, 1)",
             f"std = torch.tensor({list(self.job.preparation.std)}).view(-1, 1, 1)",
             'image = ImageOps.exif_transpose(Image.open("picture.jpg"))',
+            *(
+                [
+                    'if image.mode.startswith(("I", "F")):  # more than 8 bits',
+                    f'    values = (numpy.asarray(image, "float64") - {low:g}) / {high - low:g}',
+                    '    image = Image.fromarray(numpy.rint(255 * values.clip(0, 1)).astype("uint8"))',
+                ]
+                if channels == 1 or self._range is not None
+                else []
+            ),
             "if image.has_transparency_data:  # laid on white, as the images of the training were",
             '    white = Image.new("RGBA", image.size, "white")',
             '    image = Image.alpha_composite(white, image.convert("RGBA"))',
@@ -149,10 +159,28 @@ class Card:
         wanted, got = self.job.opened.views.clean(pictures), made.normalise(made.resize(pictures.float() / 255))
         return made.raw == made.size or difference(wanted, got) <= ALIKE
 
+    @property
+    def _range(self) -> tuple[float, float] | None:
+        """The values that the data source made 0 and 255 of, where they are not 8-bit."""
+        told: Any = reading(self.job.opened).get("value_range")
+        return (told[0], told[1]) if _is_range(told) else None
+
+    def _made_up(self, shape: str) -> list[str]:
+        """Lines that make some images of bands, as a file of the run's data would be read."""
+        if self._range is None:
+            return [f"images = torch.rand({shape})  # on the scale 0..1"]
+        low, high = self._range
+        return [
+            f"values = {low:g} + {high - low:g} * torch.rand({shape})  # as in the files",
+            f"images = (255 * ((values - {low:g}) / {high - low:g}).clip(0, 1)).round() / 255",
+        ]
+
     def _scaled(self) -> str:
         """What the data source made of values that are not 8-bit."""
-        told: Any = reading(self.job.opened).get("value_range")
-        return f", on which {told[0]:g} is 0 and {told[1]:g} is 1" if _is_range(told) else ""
+        if self._range is None:
+            return ""
+        low, high = self._range
+        return f", on which {low:g} is 0 and {high:g} is 1, clipped there and rounded to 1/255"
 
     def _use_own(self) -> str:
         use = use_of(self.job.opened.tables, "backbone")
