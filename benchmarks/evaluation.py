@@ -18,8 +18,9 @@ from lightly.utils.benchmarking.knn import knn_predict as lightlys
 from sklearn.linear_model import LogisticRegression as Theirs
 
 from sslkit.evaluation import told
+from sslkit.evaluation.extracting import features_of
 from sslkit.evaluation.linear import LogisticRegression, Standardised
-from sslkit.evaluation.material import features_of, networks, open_material
+from sslkit.evaluation.material import networks, open_material
 from sslkit.evaluation.scoring import _by_lbfgs
 from sslkit.features import knn_predict
 from sslkit.opened_run import open_run

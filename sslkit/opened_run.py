@@ -141,6 +141,12 @@ def open_run(
     )  # fmt: skip
 
 
+def knn_of(recipe: Recipe) -> tuple[int, float]:
+    """k and temperature of the run's own kNN, enabled or not; those of Wu et al. 2018 where it has none."""
+    own: Any = next((one for one in recipe.observers if registry.short_name(type(one)) == "knn"), None)
+    return int(getattr(own, "k", 200)), float(getattr(own, "temperature", 0.1))
+
+
 def digest_of(weights: Mapping[str, Tensor]) -> str:
     """SHA-256 over tensors: the name, type, shape and bytes of each, in the order of their names."""
     found = hashlib.sha256()

@@ -15,8 +15,8 @@ from test_python_api import mine
 from torch import Tensor
 
 import sslkit
-from sslkit import evaluation
-from sslkit.evaluation import finetune, material, scoring, told
+from sslkit import evaluation, evaluation_file
+from sslkit.evaluation import extracting, finetune, material, scoring, told
 from sslkit.evaluation.protocols import ONCE, WORDS, Wanted, percentages
 from sslkit.opened_run import open_run
 from sslkit_convnet import ConvNet
@@ -87,7 +87,7 @@ def test_branches_and_layers_are_told_apart(run: Path) -> None:
     head = evaluation.evaluate(run, ["knn"], layer="projection", **SMALL)
     assert head.records[0]["options"]["layer"] == "projection"
     assert 0 < head.records[0]["random"] < 1
-    assert len(told.read(run)) == 3, "each is a record of its own"
+    assert len(evaluation_file.read(run)[0]) == 3, "each is a record of its own"
 
 
 def test_each_network_asks_for_the_test_labels_once_and_for_each_seed(
@@ -170,10 +170,10 @@ def test_crops_for_finetuning_are_prepared_as_clean_images_are(run: Path) -> Non
 def test_patches_are_means_over_views_and_the_same_every_time(run: Path) -> None:
     found = opened(run, keep=False)
     network = material.networks(found, "backbone", floor=False)[0]
-    one = material.features_of(found, network, found.test, 2)
+    one = extracting.features_of(found, network, found.test, 2)
     found.known.clear()
-    assert torch.equal(material.features_of(found, network, found.test, 2), one)
-    clean = material.features_of(found, network, found.test)
+    assert torch.equal(extracting.features_of(found, network, found.test, 2), one)
+    clean = extracting.features_of(found, network, found.test)
     assert one.shape == clean.shape
     assert not torch.allclose(one, clean)
     names = [record["protocol"] for record in evaluation.evaluate(run, ["patches"], patches=2, **SMALL).records]
@@ -219,7 +219,7 @@ def test_records_are_merged_by_what_they_measured(run: Path) -> None:
     evaluation.evaluate(run, ["knn"], **SMALL)
     evaluation.evaluate(run, ["knn"], **(SMALL | {"k": 5}))
     evaluation.evaluate(run, ["knn"], **SMALL)
-    assert [record["options"]["k"] for record in told.read(run)] == [20, 5]
+    assert [record["options"]["k"] for record in evaluation_file.read(run)[0]] == [20, 5]
     written = json.loads((run / "evaluation.json").read_text())
     assert written["schema"] == 1
 
@@ -243,7 +243,7 @@ ARGUMENTS = ("--k", "20", "--bank", "200", "--queries", "100")
 def test_the_command_prints_a_table_and_a_line_of_markdown(run: Path) -> None:
     done = command("evaluate", str(run), "--protocol", "knn", *ARGUMENTS)
     assert done.exit_code == 0, done.output
-    [record] = told.read(run)
+    [record] = evaluation_file.read(run)[0]
     floors = f"(random {record['random']:.4f}, pixels {record['pixels']:.4f})"
     title = "knn (k 20, T 0.1, bank 200, 100 of 450 test images)"
     line = f"| mine | step 20, online | {title} {record['top1']:.4f} {floors} |"
@@ -334,7 +334,7 @@ def test_other_data_are_taken_only_on_purpose(run: Path) -> None:
     assert done.exit_code == 2
     assert "its data are not what it was trained on" in done.output
     assert command("evaluate", str(run), "--protocol", "knn", "--set", "data_source.seed=6", *ARGUMENTS).exit_code == 0
-    [record] = told.read(run)
+    [record] = evaluation_file.read(run)[0]
     facts = open_run(run).facts
     assert record["data"]["fingerprint"] != facts["data_fingerprint"]
     assert record["overrides"] == ["data_source.seed=6"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 import threading
@@ -14,12 +15,13 @@ import pytest
 import torch
 from conftest import run as command
 from filelock import FileLock, Timeout
+from safetensors.torch import load_file, save_file
 from test_evaluation import SMALL, copied, folder_of_images, opened, trained_on
 from torch import Tensor
 
 import sslkit
-from sslkit import evaluation, features
-from sslkit.evaluation import material, scoring, told
+from sslkit import evaluation, evaluation_file, features
+from sslkit.evaluation import extracting, material, scoring, told
 from sslkit.evaluation.protocols import Wanted
 from sslkit.exporting import card
 from sslkit.opened_run import open_run
@@ -60,17 +62,17 @@ def test_views_of_an_image_do_not_depend_on_what_was_asked_for_before(
     monkeypatch.setattr(features, "CHUNK", 64)
     whole = opened(run, queries=0, keep=False)
     network = material.networks(whole, "backbone", floor=False)[0]
-    alone = material.features_of(whole, network, whole.test, 3)
+    alone = extracting.features_of(whole, network, whole.test, 3)
     assert len(alone) > 2 * 64
     some = opened(run, queries=20)
-    material.features_of(some, network, some.test, 3)
+    extracting.features_of(some, network, some.test, 3)
     later = opened(run, queries=0)
     said: list[str] = []
     later.say = said.append
-    torch.testing.assert_close(material.features_of(later, network, later.test, 3), alone, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(extracting.features_of(later, network, later.test, 3), alone, rtol=1e-5, atol=1e-6)
     assert f"features of {len(alone) - 20}" in said[0], "what was kept is used"
     rows = alone[torch.searchsorted(whole.test.where, some.test.where)]
-    torch.testing.assert_close(material.features_of(some, network, some.test, 3), rows, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(extracting.features_of(some, network, some.test, 3), rows, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("images", [Set(1000), Shards(1000)])
@@ -139,6 +141,22 @@ def test_features_that_do_not_hold_any_more_are_removed(run: Path) -> None:
     assert len(kept()) == 7, "views and clean images are kept beside one another"
 
 
+def test_features_that_are_not_those_of_the_network_are_not_used(run: Path) -> None:
+    """A run may be a stranger's, with all that lies in it."""
+    first = evaluation.evaluate(run, ["knn"], floor=False, **SMALL).records[0]["top1"]
+    [path] = (run / "evaluation").glob("trained-train-*.safetensors")
+    sound = load_file(path)
+    for features_ in (torch.randn(sound["features"].shape), sound["features"][:, :-1], sound["features"] * 1.1):
+        save_file({**sound, "features": features_.contiguous()}, path)
+        said: list[str] = []
+        assert evaluation.evaluate(run, ["knn"], floor=False, say=said.append, **SMALL).records[0]["top1"] == first
+        assert "features that are not those of this network" in said[0]
+        assert len(said) == 2
+    for positions in (sound["positions"] - sound["positions"][0] - 1, sound["positions"] + 10**6):
+        save_file({**sound, "positions": positions}, path)
+        assert evaluation.evaluate(run, ["knn"], floor=False, **SMALL).records[0]["top1"] == first
+
+
 # ---------------------------------------------------------------- evaluation.json
 
 
@@ -168,7 +186,7 @@ def test_a_damaged_file_is_moved_aside(damaged: str, run: Path) -> None:
 def test_what_is_sound_in_a_damaged_file_stays(run: Path) -> None:
     (run / "evaluation.json").write_text('{"schema": 1, "records": [3, {"protocol": "knn"}]}')
     told.prepare(run)
-    assert told.read(run) == [{"protocol": "knn"}]
+    assert evaluation_file.read(run)[0] == [{"protocol": "knn"}]
     assert (run / "evaluation.json.damaged").is_file()
 
 
@@ -176,13 +194,13 @@ def test_a_weaker_evaluation_takes_nothing_away(run: Path) -> None:
     [strong] = evaluation.evaluate(run, ["knn"], **SMALL).records
     [weak] = evaluation.evaluate(run, ["knn"], floor=False, **SMALL).records
     assert "random" not in weak
-    [kept] = told.read(run)
+    [kept] = evaluation_file.read(run)[0]
     assert (kept["random"], kept["pixels"]) == (strong["random"], strong["pixels"])
     assert kept["date"] == weak["date"]
     for seeds in (2, 1):
         evaluation.evaluate(run, ["linear_sgd"], epochs=1, seeds=seeds, floor=False, queries=100)
-    assert [len(record["seeds"]) for record in told.read(run)] == [1, 2, 1]
-    assert "seeds 2" in told.read(run)[1]["title"]
+    assert [len(record["seeds"]) for record in evaluation_file.read(run)[0]] == [1, 2, 1]
+    assert "seeds 2" in evaluation_file.read(run)[0][1]["title"]
 
 
 def test_two_evaluations_of_a_run_do_not_end_each_other(run: Path) -> None:
@@ -207,12 +225,12 @@ def test_two_evaluations_of_a_run_do_not_end_each_other(run: Path) -> None:
     finally:
         sys.setswitchinterval(before)
     assert failed == []
-    assert sorted(record["options"] for record in told.read(run)) == [0, 1, 2, 3]
+    assert sorted(record["options"] for record in evaluation_file.read(run)[0]) == [0, 1, 2, 3]
 
 
 def test_features_are_written_by_one_evaluation_at_a_time(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alone: list[bool] = []
-    save = material.save_file
+    save = extracting.save_file
 
     def watched(*arguments: Any) -> None:
         with pytest.raises(Timeout):
@@ -220,7 +238,7 @@ def test_features_are_written_by_one_evaluation_at_a_time(run: Path, monkeypatch
         alone.append(True)
         save(*arguments)
 
-    monkeypatch.setattr(material, "save_file", watched)
+    monkeypatch.setattr(extracting, "save_file", watched)
     evaluation.evaluate(run, ["knn"], floor=False, **SMALL)
     assert len(alone) == 2
 
@@ -232,7 +250,36 @@ def test_a_file_that_another_process_puts_into_its_place_is_no_stray(
     refuse_strays(tmp_path)
 
 
+def test_a_figure_of_the_same_weights_stands_once_however_they_were_asked_for(run: Path) -> None:
+    evaluation.evaluate(run, ["knn"], **SMALL)
+    last = open_run(run).step
+    evaluation.evaluate(run, ["knn"], checkpoint=last, **SMALL)
+    [record] = evaluation_file.read(run)[0]
+    assert record["checkpoint"]["which"] == last
+
+
+def test_the_report_tells_other_data_from_the_runs_own(run: Path) -> None:
+    assert command("report", str(run)).exit_code == 0
+    evaluation.evaluate(run, ["knn"], floor=False, **SMALL)
+    evaluation.evaluate(run, ["knn"], floor=False, overrides=["data_source.seed=6"], **SMALL)
+    own, other = re.findall(r'<td data-head="Data">(.*?)</td>', (run / "report.html").read_text())
+    assert own == "1,347 training, 100 test"
+    assert other == "1,347 training, 100 test, other data than the run&#x27;s data_source.seed=6"
+
+
 # ---------------------------------------------------------------- several runs
+
+
+def test_runs_that_measure_knn_otherwise_are_not_averaged(run: Path, tmp_path: Path) -> None:
+    other = copied(tmp_path / "other", seed=1)
+    lock = other / "recipe.lock.toml"
+    lock.write_text(re.sub(r"(?m)^k = \d+$", "k = 100", lock.read_text()))
+    done = command("evaluate", str(run), str(other), "--protocol", "knn", "--no-floor")
+    assert done.exit_code == 2
+    assert "measure kNN with k 20, T 0.1 and with k 100, T 0.1" in done.output
+    assert "give --k and --temperature" in done.output
+    given = ("--k", "9", "--queries", "50")
+    assert command("evaluate", str(run), str(other), "--protocol", "knn", "--no-floor", *given).exit_code == 0
 
 
 def test_copies_of_a_run_are_no_samples(run: Path, tmp_path: Path) -> None:
@@ -254,20 +301,21 @@ def test_copies_of_a_run_are_no_samples(run: Path, tmp_path: Path) -> None:
 def test_the_reports_table_takes_nothing_on_trust() -> None:
     evil = "<script>alert(1)</script>"
     records = [{"title": evil, "top1": 0.5, "branch": evil, "checkpoint": {"step": 3}, "chosen": [evil, {"C": evil}]}]
-    page = "".join(evaluated({"records": [*records, "x", {"title": "y", "top1": "0.3"}, {"top1": float("nan")}]}))
+    page = "".join(evaluated([*records, {"title": "y", "top1": "0.3"}, {"top1": float("nan")}]))
     assert "<script" not in page
     assert "&lt;script" in page
     assert "0.5000" in page
     assert ">y<" not in page
-    for nothing in ({}, {"records": 3}, {"records": []}):
-        assert "Not evaluated" in "".join(evaluated(nothing))
+    assert "Not evaluated" in "".join(evaluated([]))
+    assert "Not evaluated" not in "".join(evaluated([], "it is damaged"))
+    assert "it is damaged." in "".join(evaluated([], "it is damaged"))
 
 
 @pytest.mark.parametrize("figure", [HUGE, -HUGE, 1.5, -0.1, float("inf"), float("nan"), True, "0.5"])
 def test_a_figure_that_is_no_share_is_left_out(figure: object) -> None:
     record = json.loads(json.dumps({"title": "y", "protocol": "knn", "top1": figure, "spread": figure}))
-    assert "Not evaluated" in "".join(evaluated({"records": [record]}))
-    page = "".join(evaluated({"records": [record | {"top1": 0.5}]}))
+    assert "Not evaluated" in "".join(evaluated([record]))
+    page = "".join(evaluated([record | {"top1": 0.5}]))
     assert "0.5000" in page
     assert "±" not in page
     assert "not measured" in card._evaluated(record, ["random"])
@@ -288,3 +336,12 @@ def test_figures_below_their_floors_and_few_test_images_are_told() -> None:
     assert not told.warnings(
         [told.Evaluation(Path("run"), "run", 0, [record | {"random": 0.1, "data": {"test": 10_000}}])]
     )
+
+
+@pytest.mark.parametrize("tops", [(0.5, 0.1), (0.1, 0.5), (0.3, 0.1)])
+def test_several_runs_are_held_to_their_floors_in_the_mean(tops: tuple[float, ...]) -> None:
+    record = {"title": "knn (k 20)", "random": 0.25, "pixels": 0.2, "data": {"test": 10_000}}
+    found = [told.Evaluation(Path(f"{top}"), "run", 0, [record | {"top1": top}]) for top in tops]
+    said = told.warnings(found)
+    words = "knn (k 20): not above the random network (0.2500) and raw pixels (0.2000) in the mean over 2 runs"
+    assert [line.partition(";")[0] for line in said] == ([words] if sum(tops) < 0.5 else [])

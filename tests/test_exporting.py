@@ -313,17 +313,27 @@ def test_the_card_has_the_figures_of_these_weights_alone(copied: Path) -> None:
     )
     assert "None was measured on these weights." in text_of(export(copied, checkpoint=5))
     assert "None was measured on these weights." in text_of(export(copied, branch="target"))
-    record = {
+    fingerprint = open_run(copied).facts["data_fingerprint"]
+    record: dict[str, Any] = {
         "protocol": "linear", "options": {"C": "swept", "folds": None}, "branch": "online", "top1": 0.5312,
         "checkpoint": {"step": 10, "which": "last", "weights": open_run(copied).weights}, "spread": 0.002,
-        "data": {"fingerprint": "0", "train": 5000, "test": 1000, "classes": 10}, "random": 0.41, "pixels": None,
+        "data": {"fingerprint": fingerprint, "train": 5000, "test": 1000, "classes": 10},
+        "random": 0.41, "pixels": None, "overrides": ["data_source.root=moved"],
     }  # fmt: skip
-    other = {**record, "top1": 0.99, "checkpoint": {"weights": "0"}}
-    (copied / "evaluation.json").write_text(json.dumps({"schema": 1, "records": [record, other]}))
+    others = [
+        {**record, "top1": 0.99, "checkpoint": {"weights": "0"}},
+        {**record, "top1": 0.99, "data": {**record["data"], "fingerprint": "0"}},
+    ]
+    (copied / "evaluation.json").write_text(json.dumps({"schema": 1, "records": [record, *others]}))
     row = "| linear (C = swept, folds = None) | 0.5312 ± 0.0020 | 0.4100 | not measured | 5,000 training, 1,000 test |"
     assert row in (text := text_of(export(copied)))
     assert "0.99" not in text
-    assert "`evaluation.json` has figures of other weights alone." in text_of(export(copied, checkpoint=5))
+    (copied / "evaluation.json").write_text(json.dumps({"schema": 2, "records": [record]}))
+    text = text_of(export(copied))
+    assert row not in text
+    assert "evaluation.json cannot be read by this version of sslkit." in text
+    (copied / "evaluation.json").write_text(json.dumps({"schema": 1, "records": [record, *others]}))
+    assert "has figures of other weights or other data alone." in text_of(export(copied, checkpoint=5))
 
 
 @pytest.mark.parametrize(
@@ -339,9 +349,10 @@ def test_the_card_has_the_figures_of_these_weights_alone(copied: Path) -> None:
 def test_the_card_leaves_tries_out(copied: Path, options: dict[str, Any], is_a_try: bool) -> None:
     record = {
         "protocol": "knn", "options": options, "top1": 0.5312, "random": 0.25, "pixels": 0.125, "initialised": 0.375,
-        "checkpoint": {"weights": open_run(copied).weights}, "data": {"train": 5000, "test": 1000},
+        "checkpoint": {"weights": open_run(copied).weights},
+        "data": {"train": 5000, "test": 1000, "fingerprint": open_run(copied).facts["data_fingerprint"]},
     }  # fmt: skip
-    (copied / "evaluation.json").write_text(json.dumps({"records": [record]}))
+    (copied / "evaluation.json").write_text(json.dumps({"schema": 1, "records": [record]}))
     text = text_of(export(copied))
     assert ("0.5312" in text) is not is_a_try
     assert ("all images vote, are left out." in text) is is_a_try

@@ -36,6 +36,7 @@ FLOORS: list[set[str]] = [
         "opened_run",
         "image_files",
         "feature_files",
+        "evaluation_file",
         "siamese",
         "checkpoint",
         "run_directory",

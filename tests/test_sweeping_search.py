@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shlex
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -167,8 +168,11 @@ def test_it_finds_what_is_good_and_says_how_to_train_it(faked: Callable[..., tup
     assert output.splitlines()[0].startswith("maximised: kNN accuracy among training images")
     assert output.splitlines()[-1] == (
         "the best, with a seed that chose nothing: sslkit train ./tiny.toml "
-        f"--set optimizer.lr.peak={best} --set seed=1 --run-dir runs/tiny-sweep-best"
+        f"--set optimizer.lr.peak={best} --set seed=1 --run-dir runs/tiny-sweep-best --device auto"
     )
+    pasted = run(*shlex.split(output.splitlines()[-1].partition("sslkit ")[2]), "--steps", "1")
+    assert pasted.exit_code == 0, pasted.output
+    assert Path("runs/tiny-sweep-best/status.json").is_file()
     later = [abs(math.log10(float(trial["values"]["optimizer.lr.peak"])) + 1) for trial in found[12:]]
     first = [abs(math.log10(float(trial["values"]["optimizer.lr.peak"])) + 1) for trial in found[:10]]
     assert sum(later) / len(later) < sum(first) / len(first), "it learns from what it was told"

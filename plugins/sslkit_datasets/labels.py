@@ -14,7 +14,8 @@ from sslkit_datasets.images import shown
 
 Written = int | str | None
 
-_CLASSES = 2**31
+_CLASSES = 100_000
+"""Whoever classifies makes room for as many classes as the largest number says: identifiers are no classes."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,7 @@ def as_numbers(labels: Sequence[int | str], where: str, name: Callable[[int], st
     wrong = next((i for i, number in enumerate(numbers) if not 0 <= number < _CLASSES), None)
     if wrong is not None:
         raise UserError(
-            f"labels in {where} should be class numbers from 0 to {_CLASSES - 1}: {name(wrong)} has {numbers[wrong]}"
+            f"labels in {where} should be class numbers from 0 to {_CLASSES - 1}: {name(wrong)} has {numbers[wrong]}; "
+            "number the classes from 0, or write their names as text"
         )
     return torch.tensor(numbers, dtype=torch.int64)

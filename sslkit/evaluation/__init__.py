@@ -13,6 +13,7 @@ from sslkit.errors import UserError, printable
 from sslkit.evaluation import told
 from sslkit.evaluation.protocols import OF, ONCE, WORDS, Wanted, given, percentages
 from sslkit.evaluation.told import Evaluation
+from sslkit.evaluation_file import FILE
 
 if TYPE_CHECKING:
     from sslkit.evaluation.material import Material
@@ -136,7 +137,7 @@ def _told(found: Sequence[Evaluation]) -> Iterator[str]:
         yield f"+- is the sample standard deviation over {len(found)} runs"
     yield told.markdown(found)
     for one in found:
-        yield f"{one.run / told.FILE}: has these figures and all that they depend on"
+        yield f"{one.run / FILE}: has these figures and all that they depend on"
 
 
 def _as_json(found: Sequence[Evaluation]) -> dict[str, Any]:
@@ -159,6 +160,7 @@ def _same(opened: Sequence[OpenedRun], wanted: Wanted) -> None:
     if len(opened) < 2:
         return
     from sslkit.diff import differences
+    from sslkit.evaluation.scoring import knn_options
 
     places = [one.run.resolve() for one in opened]
     if twice := next((one for one in opened if places.count(one.run.resolve()) > 1), None):
@@ -166,7 +168,8 @@ def _same(opened: Sequence[OpenedRun], wanted: Wanted) -> None:
     first = opened[0]
     recipe = first.recipe(wanted.overrides)
     for one in opened[1:]:
-        changes = [change for change in differences(recipe, one.recipe(wanted.overrides)) if change.key != "seed"]
+        theirs = one.recipe(wanted.overrides)
+        changes = [change for change in differences(recipe, theirs) if change.key != "seed"]
         if changes:
             more = f" and {len(changes) - 1} more" if len(changes) > 1 else ""
             raise UserError(f"{first.run} and {one.run} differ in more than their seed ({changes[0]}{more}), so a mean "
@@ -174,6 +177,12 @@ def _same(opened: Sequence[OpenedRun], wanted: Wanted) -> None:
         if (first.step, first.branch) != (one.step, one.branch):
             raise UserError(f"{first.run} and {one.run} have weights of step {first.step} ({first.branch}) and "
                             f"{one.step} ({one.branch}); choose a checkpoint that both have")  # fmt: skip
+        own, others = knn_options(recipe, wanted), knn_options(theirs, wanted)
+        if own != others and {"knn", "patches"} & set(wanted.protocols):
+            raise UserError(
+                f"{first.run} and {one.run} measure kNN with k {own[0]}, T {own[1]:g} and with k {others[0]}, T "
+                f"{others[1]:g}, whose figures do not compare; give --k and --temperature"
+            )
         if first.facts.get("data_fingerprint") != one.facts.get("data_fingerprint"):
             raise UserError(f"{first.run} and {one.run} were trained on other data; evaluate them one at a time")
     seeds: dict[object, OpenedRun] = {}

@@ -9,11 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from sslkit import features, randomness, registry
+from sslkit import features, randomness
 from sslkit.errors import UserError
 from sslkit.evaluation import finetune, linear
-from sslkit.evaluation.material import TEST_SHARE, Material, Network, Split, features_of, some
+from sslkit.evaluation.extracting import features_of
+from sslkit.evaluation.material import TEST_SHARE, Material, Network, Split, some
 from sslkit.evaluation.protocols import Protocol, Wanted
+from sslkit.opened_run import knn_of
+from sslkit.recipe import Recipe
 
 BATCH = 512
 """Features that `linear_sgd` takes at a time."""
@@ -58,7 +61,7 @@ def protocols_of(material: Material, wanted: Wanted) -> list[Protocol]:
         "of": material.tests,
     }
     bank = len(some(material.train, wanted.bank).where)
-    k, temperature = _knn(material, wanted)
+    k, temperature = knn_options(material.recipe, wanted)
     if k >= bank and any(name in ("knn", "patches") for name in wanted.protocols):
         material.say(f"kNN: k = {k} of a bank of {bank} images lets all of them vote; make k smaller")
     knn = {"k": min(k, bank), "temperature": temperature, "bank": bank, "distance": "cosine"}
@@ -88,12 +91,10 @@ def protocols_of(material: Material, wanted: Wanted) -> list[Protocol]:
     return found
 
 
-def _knn(material: Material, wanted: Wanted) -> tuple[int, float]:
-    """k and temperature: as asked for, else those of the run's own kNN, else 200 and .1."""
-    observers = material.recipe.observers
-    own: Any = next((observer for observer in observers if registry.short_name(type(observer)) == "knn"), None)
-    k, temperature = getattr(own, "k", 200), getattr(own, "temperature", 0.1)
-    return wanted.k or int(k), wanted.temperature or float(temperature)
+def knn_options(recipe: Recipe, wanted: Wanted) -> tuple[int, float]:
+    """k and temperature: as asked for, else those of the run's own kNN."""
+    k, temperature = knn_of(recipe)
+    return wanted.k or k, wanted.temperature or temperature
 
 
 def score(material: Material, network: Network, protocol: Protocol, wanted: Wanted) -> Score | None:

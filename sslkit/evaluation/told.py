@@ -14,19 +14,18 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from sslkit import evaluation_file
 from sslkit.errors import UserError, printable
+from sslkit.evaluation_file import FILE, FLOORS, SCHEMA
 from sslkit.files import in_one_piece
 from sslkit.run_directory import cannot_lock, refuse_strays
 
-SCHEMA = 1
-FILE, FOLDER = "evaluation.json", "evaluation"
-FLOORS_IN_WORDS = {"random": "the random network", "initialised": "the weights it began with", "pixels": "raw pixels"}
+FOLDER = "evaluation"
 LARGE_ERROR = 0.015
 """Standard error of a top-1 from which on it is told."""
-FLOORS = ("random", "initialised", "pixels")
-SAME = ("protocol", "options", "branch", "checkpoint", "data", "device")
-"""Keys of a record that say what was measured: a newer one with the same takes an older one's place. What stands beside
-the figure follows from them, and stays where the newer one has none."""
+SAME = ("protocol", "options", "branch", "data", "device")
+"""Keys of a record that say, with the digest of the weights, what was measured: a newer one with the same takes an
+older one's place. What stands beside the figure follows from them, and stays where the newer one has none."""
 PATIENCE = 60.0
 """Seconds to wait for another evaluation of the same run, which holds the file for milliseconds."""
 
@@ -123,19 +122,9 @@ def keep(run: Path, records: Iterable[Mapping[str, Any]], say: Callable[[str], N
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def read(run: Path) -> list[dict[str, Any]]:
-    """The records of `evaluation.json`; none where there is no such file.
-
-    Raises:
-        UserError: another version of sslkit wrote it.
-        OSError: it cannot be read.
-    """
-    return _parsed(run / FILE)[0]
-
-
 def _older(path: Path, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """What is there; a file of which a part cannot be read is moved aside, so that nothing in it is lost."""
-    records, sound = _parsed(path)
+    records, sound = evaluation_file.read(path.parent)
     if not sound:
         beside, number = path.with_name(f"{path.name}.damaged"), 1
         while beside.exists() or beside.is_symlink():
@@ -153,28 +142,10 @@ def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
         staging.write_text(json.dumps({"schema": SCHEMA, "records": records}, indent=1) + "\n", encoding="utf-8")
 
 
-def _parsed(path: Path) -> tuple[list[dict[str, Any]], bool]:
-    """The records of a file, and whether these are all that it has."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return [], True
-    except (ValueError, RecursionError):
-        return [], False
-    if not isinstance(found, dict) or "schema" not in found:
-        return [], False
-    if found["schema"] != SCHEMA:
-        raise UserError(f"{path}: has the schema {found['schema']!r}, and this version of sslkit knows {SCHEMA}; use "
-                        "the version that wrote it, or move it out of the way")  # fmt: skip
-    records = found.get("records")
-    if not isinstance(records, list):
-        return [], False
-    sound = [record for record in records if isinstance(record, dict) and isinstance(record.get("protocol"), str)]
-    return sound, len(sound) == len(records)
-
-
 def _key(record: Mapping[str, Any]) -> str:
-    return json.dumps({key: record.get(key) for key in SAME}, sort_keys=True)
+    weights = record.get("checkpoint")
+    digest = weights.get("weights") if isinstance(weights, dict) else weights
+    return json.dumps([digest, {key: record.get(key) for key in SAME}], sort_keys=True)
 
 
 # ---------------------------------------------------------------- for people
@@ -203,12 +174,16 @@ def table(found: Sequence[Evaluation]) -> str:
 def warnings(found: Sequence[Evaluation]) -> list[str]:
     """What a reader of the table should not overlook: figures below their floors, and few test images."""
     lines = []
-    for record in found[0].records:
-        above = [f"{FLOORS_IN_WORDS.get(name, name)} ({_floor(record, name)})" for name in FLOORS
-                 if isinstance(record.get(name), int | float) and record["top1"] <= record[name]]  # fmt: skip
+    for rows in zip(*(one.records for one in found), strict=True):
+        top1 = statistics.fmean(float(record["top1"]) for record in rows)
+        floors = {name: [r[name] for r in rows if isinstance(r.get(name), int | float)] for name in FLOORS}
+        means = {name: statistics.fmean(values) for name, values in floors.items() if len(values) == len(rows)}
+        above = [f"{FLOORS[name]} ({mean:.4f})" for name, mean in means.items() if top1 <= mean]
         if above:
+            mean = f" in the mean over {len(rows)} runs" if len(rows) > 1 else ""
             lines.append(
-                f"{record['title']}: not above {' and '.join(above)}; by this measure the features are worth no more"
+                f"{rows[0]['title']}: not above {' and '.join(above)}{mean}; by this measure the features are worth no "
+                "more"
             )
     tests = found[0].records[0]["data"]["test"] if found[0].records else 0
     errors = [math.sqrt(r["top1"] * (1 - r["top1"]) / tests) for one in found for r in one.records] if tests else []

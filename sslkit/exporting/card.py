@@ -8,20 +8,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
-from sslkit import doctor, local
+from sslkit import doctor, evaluation_file, local
 from sslkit.api import Portable
 from sslkit.errors import UserError, printable
+from sslkit.evaluation_file import FLOORS
 from sslkit.exporting import graphs, hub
 from sslkit.exporting.prepared import Check, Job, difference, pictures_of
 from sslkit.image_files import reading
-from sslkit.run_directory import read_json, read_metrics
+from sslkit.run_directory import read_metrics
 from sslkit.starting_point import InitFrom
 
 CARD = "README.md"
 ALIKE = 1e-4
 """How far resized pixels may be from the run's own, as a share of the largest."""
-FLOORS = {"random": "Random network", "initialised": "Weights it began with", "pixels": "Raw pixels"}
-"""What stands beside a figure, as a column."""
 
 
 @dataclass(frozen=True)
@@ -243,19 +242,20 @@ class Card:
         return f"at random, seed {self.job.opened.info.seed}"
 
     def _figures(self) -> str:
-        told = read_json(self.job.opened.run / "evaluation.json").get("records")
-        records = [r for r in told if isinstance(r, dict)] if isinstance(told, list) else []
+        records, problem = evaluation_file.shown(self.job.opened.run)
         own = [r for r in records if _table(r, "checkpoint").get("weights") == self.job.opened.weights
-               and not r.get("overrides")]  # fmt: skip
+               and _table(r, "data").get("fingerprint") == self.job.opened.facts.get("data_fingerprint")]  # fmt: skip
         whole = [r for r in own if not _is_a_try(_table(r, "options"))]
         if whole:
             floors = {name: words for name, words in FLOORS.items()
                       if name != "initialised" or any(name in record for record in whole)}  # fmt: skip
-            heads = ["Protocol", "Top-1", *floors.values(), "Data"]
+            heads = ["Protocol", "Top-1", *(w.removeprefix("the ").capitalize() for w in floors.values()), "Data"]
             rows = [_evaluated(record, list(floors)) for record in whole]
             text = "\n".join([f"| {' | '.join(heads)} |", "| --- " * len(heads) + "|", *rows])
         else:
-            other = " `evaluation.json` has figures of other weights alone." if records and not own else ""
+            alone = " `evaluation.json` has figures of other weights or other data alone."
+            other = alone if records and not own else ""
+            other += f" {problem}." if problem else ""
             text = (self._measured() or "None was measured on these weights.") + other
         if len(whole) < len(own):
             text += "\n\nFigures over a part of the test images, or of kNN in which all images vote, are left out."

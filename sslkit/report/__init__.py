@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sslkit import evaluation_file
 from sslkit.charts import Drawings
 from sslkit.errors import UserError, did_you_mean, printable
 from sslkit.page import asset, document, page_path, save
@@ -94,7 +95,7 @@ def text(run_dir: Path, *, reload: int | None = None) -> str:
         "<h2>Figures</h2>",
         *_figures(run),
         "<h2>Evaluation</h2>",
-        *evaluated(read_json(run_dir / "evaluation.json")),
+        *evaluated(*evaluation_file.shown(run_dir), run.data),
         "<h2>Curves</h2>",
         *drawn,
         "<h2>Features</h2>",

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from sslkit.evaluation_file import FLOORS
 from sslkit.report.features import missing
 
-FLOORS = ("random", "initialised", "pixels")
 
+def evaluated(records: Sequence[Mapping[str, Any]], problem: str = "", fingerprint: str | None = None) -> list[str]:
+    """Markup of the records of `evaluation.json`; where there are none, a word of how to get them.
 
-def evaluated(found: Mapping[str, Any]) -> list[str]:
-    """Markup of the records of `evaluation.json`; where there are none, a word of how to get them."""
-    records = found.get("records")
-    kept = [record for record in records if isinstance(record, dict)] if isinstance(records, list) else []
-    floors = [name for name in FLOORS if any(_accuracy(record.get(name)) for record in kept)]
-    rows = [row for record in kept if (row := _row(record, floors))]
+    Args:
+        records: What the file has.
+        problem: Why some are missing.
+        fingerprint: Of the run's own data.
+    """
+    floors = [name for name in FLOORS if any(_accuracy(record.get(name)) for record in records)]
+    rows = [row for record in records if (row := _row(record, floors, fingerprint))]
+    told = [missing(f"{problem}.")] if problem else []
     if not rows:
-        return [missing("Not evaluated: `sslkit evaluate` measures kNN, linear classifiers and fine-tuning.")]
-    heads = "".join(f'<th scope="col">{head}</th>' for head in ("Protocol", "Top-1", *floors, "Chosen", "Weights"))
+        return told or [missing("Not evaluated: `sslkit evaluate` measures kNN, linear classifiers and fine-tuning.")]
+    columns = ("Protocol", "Top-1", *floors, "Chosen", "Weights", "Data")
+    heads = "".join(f'<th scope="col">{head}</th>' for head in columns)
     return [
+        *told,
         f"<div><table><thead><tr>{heads}</tr></thead>\n<tbody>",
         *rows,
         "</tbody></table></div>",
@@ -29,7 +35,7 @@ def evaluated(found: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _row(record: Mapping[str, Any], floors: list[str]) -> str:
+def _row(record: Mapping[str, Any], floors: list[str], fingerprint: str | None) -> str:
     top1 = _accuracy(record.get("top1"))
     if not top1:
         return ""
@@ -42,9 +48,23 @@ def _row(record: Mapping[str, Any], floors: list[str]) -> str:
         *((name, _accuracy(record.get(name))) for name in floors),
         ("Chosen", _chosen(record.get("chosen"))),
         ("Weights", f"step {step:,}, {record.get('branch')}{which}" if isinstance(step, int) else ""),
+        ("Data", _data(record, fingerprint)),
     ]
     told = "".join(f'<td data-head="{head}">{escape(cell)}</td>' for head, cell in cells)
     return f'<tr><th scope="row">{escape(str(record.get("title")))}</th>{told}</tr>'
+
+
+def _data(record: Mapping[str, Any], fingerprint: str | None) -> str:
+    """How many images, and whether they are others than the run's."""
+    data, overrides = record.get("data"), record.get("overrides")
+    if not isinstance(data, dict):
+        return ""
+    parts = [f"{data[key]:,} {words}" for key, words in (("train", "training"), ("test", "test"))
+             if isinstance(data.get(key), int)]  # fmt: skip
+    if fingerprint is not None and data.get("fingerprint") != fingerprint:
+        texts = [text for text in overrides if isinstance(text, str)] if isinstance(overrides, list) else []
+        parts.append(" ".join(["other data than the run's", *texts]))
+    return ", ".join(parts)
 
 
 def _accuracy(value: object) -> str:

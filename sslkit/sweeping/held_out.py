@@ -16,8 +16,7 @@ from sslkit.api import ImageSet
 from sslkit.build import choose_device, open_data
 from sslkit.errors import RunFailed, SslkitError, UserError
 from sslkit.files import in_one_piece
-from sslkit.opened_run import OpenedRun, open_run
-from sslkit.run_directory import read_metrics
+from sslkit.opened_run import OpenedRun, knn_of, open_run
 from sslkit.sweeping.search import FIGURE
 
 MOST = 50_000
@@ -65,11 +64,13 @@ def held_out(labels: Tensor) -> tuple[Tensor, Tensor]:
 def _knn(opened: OpenedRun, data: ImageSet, device: torch.device) -> dict[str, Any]:
     """kNN with the run's own k and temperature, or those of Wu et al. 2018."""
     labels = cast(Tensor, data.train.labels)
-    measured: dict[str, Any] = next((r for r in reversed(read_metrics(opened.run)) if "knn_k" in r), {})
+    recipe = opened.recipe()
+    k, temperature = knn_of(recipe)
     backbone = _placed(opened, opened.backbone, device)
     rows = [
         features.features(
-            backbone, data.train, positions, opened.views.clean, device, channels_last=opened.channels_last
+            backbone, data.train, positions, opened.views.clean, device, bf16=recipe.train.precision == "bf16",
+            channels_last=opened.channels_last,
         )
         for positions in held_out(labels)
     ]  # fmt: skip
@@ -77,10 +78,7 @@ def _knn(opened: OpenedRun, data: ImageSet, device: torch.device) -> dict[str, A
     if not all(bool(torch.linalg.vector_norm(part.float(), dim=1).isfinite().all()) for part in rows):
         return {"value": math.nan}
     bank, queries = (labels[positions].to(device) for positions in held_out(labels))
-    record = features.knn_record(
-        rows[0], bank, rows[1], queries, k=int(measured.get("knn_k", 200)),
-        temperature=float(measured.get("knn_temperature", 0.1)),
-    )  # fmt: skip
+    record = features.knn_record(rows[0], bank, rows[1], queries, k=k, temperature=temperature)
     return {"value": record["knn_top1"], **{key: record[key] for key in record if key != "knn_top1"}}
 
 

@@ -85,6 +85,10 @@ class Job:
             UserError: the directory is not what a run leaves.
         """
         refuse_strays(self.directory)
+        return Task(self.name, "sslkit", self.arguments(), self.directory / LOG)
+
+    def arguments(self) -> list[str]:
+        """What `sslkit` is called with."""
         arguments = ["train", self.how.recipe]
         for override in self.overrides:
             arguments += ["--set", override]
@@ -93,7 +97,7 @@ class Job:
             arguments += ["--steps", str(self.how.steps)]
         if local.is_allowed():
             arguments.append("--allow-local-code")
-        return Task(self.name, "sslkit", arguments, self.directory / LOG)
+        return arguments
 
     def outcome(self, code: int) -> Outcome:
         """What came of the process that ended with `code`; below 0 it is the signal that killed it."""

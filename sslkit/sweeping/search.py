@@ -228,16 +228,10 @@ class Search:
             self._say(f"  {value:.4f}  trial {number}: {words}")
         if found:
             best = self.trials[max(found, key=lambda pair: (pair[0], -pair[1]))[1]]["values"]
-            sets = [*self.how.overrides, *(f"{key}={value}" for key, value in best.items())]
-            sets.append(
-                f"seed={self.seeds[-1] + 1}"
-            )  # the best of many runs was lucky; an unseen seed tells by how much
-            options = [option for text in sets for option in ("--set", text)]
-            options += ["--run-dir", f"{self.folder}-best"]
-            options += ["--steps", str(self.how.steps)] if self.how.steps else []
-            self._say(
-                f"the best, with a seed that chose nothing: sslkit train {shlex.join([self.how.recipe, *options])}"
-            )
+            # The best of many runs was lucky, too: a seed that chose nothing tells by how much.
+            settings = plan.settings(self.how.overrides, best, self.seeds[-1] + 1)
+            again = Job("best", Path(f"{self.folder}-best"), settings, self.how)
+            self._say(f"the best, with a seed that chose nothing: sslkit {shlex.join(again.arguments())}")
 
 
 def measurement(job: Job, by: str) -> Task:
