@@ -7,14 +7,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from rich.console import Console
-
 from sslkit import doctor
 from sslkit.build import choose_device
 from sslkit.preparation import located, prepare
-from sslkit.progress import say
 from sslkit.recipe import read_recipe
 from sslkit.rules import Course
+from sslkit.telling import tell
 
 
 def check(source: str, overrides: Sequence[str] = (), *, strict: bool = False, as_json: bool = False) -> int:
@@ -27,11 +25,11 @@ def check(source: str, overrides: Sequence[str] = (), *, strict: bool = False, a
         UserError: the recipe cannot be built.
     """
     recipe = read_recipe(source, overrides)
-    parts, known = prepare(recipe, source, overrides, choose_device("auto"), partial(say, Console(stderr=True)))
+    parts, known = prepare(recipe, source, overrides, choose_device("auto"), partial(tell, error=True))
     size = f"{known.total_steps} steps, {known.steps_per_epoch} an epoch"
     found = doctor.examine(Course(known), f"{recipe.name} ({parts.recipe.hash()}), {size}", accepted=known.accepted)
     found = replace(found, findings=tuple(located(found.findings, source, overrides)))
-    print(found.as_json() if as_json else found.text())
+    tell(found.as_json() if as_json else found.text())
     return 2 if strict and found.exit_code else found.exit_code
 
 
@@ -45,5 +43,5 @@ def examine(run: str, *, as_json: bool = False) -> int:
         UserError: there is no run.
     """
     found = doctor.examine_run(Path(run))
-    print(found.as_json() if as_json else found.text())
+    tell(found.as_json() if as_json else found.text())
     return found.exit_code

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
 import click
 
 import sslkit
-from sslkit import cli_many, cli_plugins, cli_use, launcher, registry, words
+from sslkit import cli_many, cli_plugins, cli_use, launcher, registry, telling, words
 from sslkit.cli_options import leaving_out, local_code, overriding
 from sslkit.errors import SslkitError, printable
+
+ONLY_PRINT = frozenset(
+    ["recipes", "runs", "list-plugins", "describe", "schema", "diff", "compare", "copy", "new-plugin", "evaluate"]
+)
+"""Commands that a reader who goes away, as `| head` does, may end: they print, or print when all else is done. Others
+go on without a reader (`sslkit.telling`)."""
 
 
 class Group(click.Group):
@@ -24,22 +29,22 @@ class Group(click.Group):
         try:
             return super().invoke(ctx)
         except SslkitError as error:
-            for line in error.lines:
-                click.echo(line, err=True)
+            telling.tell("\n".join(error.lines), error=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt:
-            click.echo(
-                "interrupted; what was saved before is untouched, and the same command goes on from it", err=True
+            telling.tell(
+                "interrupted; what was saved before is untouched, and the same command goes on from it", error=True
             )
             ctx.exit(130)
         except (click.exceptions.Exit, click.ClickException):
             raise
-        except BrokenPipeError:
-            sys.stderr.close()  # the reader went away, as `| head` does
-            ctx.exit(0)
         except Exception as error:
-            click.echo(_unexpected(error), err=True)
+            if isinstance(error, BrokenPipeError) and ctx.invoked_subcommand in ONLY_PRINT:
+                ctx.exit(0)
+            telling.tell(_unexpected(error), error=True)
             ctx.exit(1)
+        finally:
+            telling.finish()
 
 
 def _unexpected(error: Exception) -> str:
@@ -202,7 +207,7 @@ def examine(ctx: click.Context, /, run: str | None, log: str | None, as_json: bo
     from sslkit.foreign import csv_run
 
     found = csv_run.examine(str(log), csv_run.Known(**known))
-    click.echo(found.as_json() if as_json else found.text())
+    telling.tell(found.as_json() if as_json else found.text())
     ctx.exit(found.exit_code)
 
 

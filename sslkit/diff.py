@@ -9,11 +9,11 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.text import Text
 
 from sslkit.describe import as_toml
 from sslkit.errors import UserError, printable
+from sslkit.progress import PatientConsole
 from sslkit.recipe import Recipe, parse_recipe, read_recipe
 from sslkit.run_directory import refuse_strays
 from sslkit.sources import read, shipped
@@ -159,7 +159,7 @@ def show_diff(a: str, b: str, *, as_json: bool) -> None:
     if as_json:
         print(json.dumps(asdict(found), indent=1))
         return
-    console = Console(highlight=False)
+    console = PatientConsole(highlight=False)
     for line in _lines(found):
         console.print(line, soft_wrap=True)
 

@@ -20,11 +20,12 @@ import torch
 from sslkit.api import FileReader
 from sslkit.build import choose_device
 from sslkit.encoder import ImageEncoder, encoder_of
-from sslkit.errors import RunFailed, printable
+from sslkit.errors import RunFailed
 from sslkit.feature_files import Embedded, Parts, Restart, Rows, damaged, facts_of, finished, output
 from sslkit.image_files import Found, find, portions, reader_of
 from sslkit.opened_run import Branch, OpenedRun, open_run
 from sslkit.progress import counted
+from sslkit.telling import tell
 from sslkit.words import spoken
 
 FEW = 3
@@ -37,14 +38,10 @@ def command(
 ) -> None:  # fmt: skip
     """What the command does; its options are in `sslkit.cli_use`."""
     done = embed(
-        run, folder, out, branch, checkpoint, batch=batch, workers=workers, restart=restart, device=device, say=_say,
+        run, folder, out, branch, checkpoint, batch=batch, workers=workers, restart=restart, device=device, say=tell,
     )  # fmt: skip
     if not done.anew:
-        _say(f"{done.path}: holds the features of these images already: nothing to do")
-
-
-def _say(text: str) -> None:
-    print(printable(text))
+        tell(f"{done.path}: holds the features of these images already: nothing to do")
 
 
 def embed(

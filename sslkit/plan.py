@@ -11,7 +11,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 
@@ -20,7 +19,7 @@ from sslkit.build import Parts, choose_device
 from sslkit.compiling import resolve_compile
 from sslkit.nn import ScheduledNumber
 from sslkit.preparation import prepare, tell_findings, view_pixels
-from sslkit.progress import say
+from sslkit.progress import PatientConsole, say
 from sslkit.recipe import read_recipe
 from sslkit.run_directory import RunDirectory
 from sslkit.trainer import Trainer
@@ -42,7 +41,7 @@ def show_plan(source: str, overrides: Sequence[str], *, device: str, fork: str |
     Raises:
         UserError: whatever would stop `train`, too.
     """
-    console = Console(highlight=False)
+    console = PatientConsole(highlight=False)
     recipe = read_recipe(source, overrides)
     if fork is not None:
         recipe, _ = forking.begin(recipe, forking.Asked(source, overrides, None, fork), resume="auto")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,6 +21,7 @@ from rich.progress import (
 
 from sslkit.errors import printable
 from sslkit.events import Run, observes
+from sslkit.telling import to_nowhere
 
 QUIET_SECONDS = 10.0
 """Without a terminal, records are printed no more often than this; measurements of quality always are."""
@@ -39,7 +38,7 @@ class PatientConsole(Console):
 
     def on_broken_pipe(self) -> None:
         self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        to_nowhere(self.file)
 
 
 def say(console: Console, text: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from sslkit.recipe import Recipe, parse_recipe
 from sslkit.resuming import other_code
 from sslkit.run_directory import RunDirectory, read_json, read_metrics
 from sslkit.summary import device_name
+from sslkit.telling import tell
 from sslkit.trainer import Trainer
 
 DRAWN = 32
@@ -200,8 +200,8 @@ def show(run: str, *, step: int, device: str, modules: bool, save_views: str | N
         UserError, RunFailed: as `replay`.
     """
     picture = None if save_views is None else Path(save_views)
-    found = replay(Path(run), step, device=device, save_views=picture, say=partial(print, file=sys.stderr, flush=True))
-    print(found.as_json() if as_json else found.text(modules=modules))
+    found = replay(Path(run), step, device=device, save_views=picture, say=partial(tell, error=True))
+    tell(found.as_json() if as_json else found.text(modules=modules))
     return found.exit_code
 
 

@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -35,6 +34,7 @@ from sslkit.feature_files import FORMAT, damaged, preparation, recorded
 from sslkit.image_files import reader_of
 from sslkit.opened_run import Branch, OpenedRun, open_run
 from sslkit.run_directory import cannot_lock
+from sslkit.telling import tell
 
 SIDE = 160
 """Of a picture on the page, in pixels."""
@@ -70,16 +70,12 @@ def command(
     checkpoint: Literal["last", "best"] | int, device: Literal["auto", "cpu", "cuda"], as_json: bool,
 ) -> None:  # fmt: skip
     """What the command does; its options are in `sslkit.cli_use`."""
-
-    def say(text: str) -> None:
-        print(printable(text), file=sys.stderr if as_json else sys.stdout)
-
     found = search(
         run, queries, folder, branch, checkpoint, neighbours=neighbours, device=device, out=None if as_json else out,
-        say=say,
+        say=partial(tell, error=as_json),
     )  # fmt: skip
     if as_json:
-        print(json.dumps([asdict(nearest) for nearest in found], indent=2))
+        tell(json.dumps([asdict(nearest) for nearest in found], indent=2))
 
 
 def search(

@@ -25,6 +25,7 @@ from sslkit.errors import RunFailed, UserError
 from sslkit.features import normalisation
 from sslkit.files import in_one_piece
 from sslkit.recipe import read_recipe
+from sslkit.telling import tell
 from sslkit.view_words import Box, box, drawn, words
 from sslkit.viewing import Viewing
 
@@ -198,13 +199,13 @@ def show(source: str, overrides: Sequence[str], out: str | Path, images: int = 6
     if images < 1:
         raise UserError(f"--images {images}: should be 1 or more")
     recipe = read_recipe(source, overrides)
-    data, run, views = build_views(recipe, choose_device("cpu"), print)
+    data, run, views = build_views(recipe, choose_device("cpu"), tell)
     image = draw(data, run, views, recipe.name, images)
     try:
         image.save(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error.strerror or error}") from None
-    print(f"{path}: {min(images, len(data.train))} images, {len(views.specs)} views of each")
+    tell(f"{path}: {min(images, len(data.train))} images, {len(views.specs)} views of each")
 
 
 def check_suffix(path: Path) -> None:

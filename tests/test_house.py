@@ -18,7 +18,19 @@ from sslkit.api import KIND_CLASSES, Component
 from sslkit.recipe import Recipe, Train
 
 FLOORS: list[set[str]] = [
-    {"errors", "files", "randomness", "positions", "batch", "rules", "stopping", "words", "launcher", "environment"},
+    {
+        "errors",
+        "files",
+        "randomness",
+        "positions",
+        "batch",
+        "rules",
+        "stopping",
+        "words",
+        "launcher",
+        "environment",
+        "telling",
+    },
     {"installed", "local", "registry", "contracts", "looking"},
     {"api", "starting_point"},
     {"complaints", "sources", "nn", "batch_norm", "page", "charts", "view_words"},

@@ -22,6 +22,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sslkit import sweeping
+from sslkit.cli import main
 from sslkit.errors import UserError
 from sslkit.run_directory import read_json, read_metrics
 from sslkit.sweeping import ended, held, plan, pool
@@ -245,6 +246,19 @@ def test_runs_are_led_one_after_another_and_told(recipe: Path, faked: Callable[[
     log = (recipe.parent / "runs/tiny-sweep/batch_size=64/seed-0/log.txt").read_text().splitlines()
     assert log[0].endswith("--set train.batch_size=64 --set seed=0 --run-dir "
                            "runs/tiny-sweep/batch_size=64/seed-0 --device auto")  # fmt: skip
+
+
+def test_a_reader_that_goes_away_does_not_end_it(
+    faked: Callable[[], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write, "w") as out:
+        monkeypatch.setattr(sys, "stdout", out)
+        with pytest.raises(SystemExit) as left:
+            main(["sweep", "./tiny.toml", "--grid", "optimizer.lr.peak=0.01,0.02,0.03", "--dir", "sp"])
+    assert left.value.code == 0
+    assert len([call for call in faked() if call.startswith("end")]) == 3
 
 
 def test_repeated_it_skips_what_is_done_and_takes_more_values(recipe: Path, faked: Callable[[], list[str]]) -> None:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
-from sslkit.errors import UserError, printable
+from sslkit.errors import UserError
 from sslkit.evaluation import told
 from sslkit.evaluation.protocols import OF, ONCE, WORDS, Wanted, given, percentages
 from sslkit.evaluation.told import Evaluation
 from sslkit.evaluation_file import FILE
+from sslkit.telling import tell
 
 if TYPE_CHECKING:
     from sslkit.evaluation.material import Material
@@ -116,7 +116,7 @@ def command(runs: Sequence[str], **how: Any) -> None:
 
 
 def _tell(text: str) -> None:
-    print(printable(text), file=sys.stderr, flush=True)
+    tell(text, error=True)
 
 
 def _told(found: Sequence[Evaluation]) -> Iterator[str]:

@@ -14,8 +14,6 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
-import click
-
 import sslkit
 from sslkit.errors import UserError, did_you_mean, printable
 from sslkit.exporting import graphs, hub
@@ -24,6 +22,7 @@ from sslkit.exporting.folder import TOLD, WRITTEN_BY, digest, refuse_foreign, re
 from sslkit.exporting.prepared import Check, Job, Preparation, Prepared, preparation_of, reference
 from sslkit.opened_run import Branch, open_run
 from sslkit.run_directory import read_json
+from sslkit.telling import tell
 
 __all__ = ["Check", "Export", "Format", "Preparation", "command", "export"]
 
@@ -120,7 +119,7 @@ def export(
 def command(run: str, *, as_json: bool, **how: Any) -> None:
     """What the command does; its options are in `sslkit.cli_use`."""
     done = export(run, **how)
-    click.echo(done.as_json() if as_json else done.text())
+    tell(done.as_json() if as_json else done.text())
 
 
 def _formats(given: Sequence[str]) -> tuple[Format, ...]:

@@ -13,16 +13,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from rich.console import Console
 
-from sslkit import doctor, registry
+from sslkit import doctor, registry, telling
 from sslkit.api import DataInfo, DataSource
 from sslkit.build import choose_device
 from sslkit.data import cache_folder
 from sslkit.errors import UserError
 from sslkit.looking import Look, Unclassed
 from sslkit.preparation import prepare
-from sslkit.progress import say
+from sslkit.progress import PatientConsole, say
 from sslkit.recipe import read_recipe
 from sslkit.rules import Course, Finding
 from sslkit.suggesting.choices import ENOUGH_EPOCHS, Found, Machine, Wanted, choose, described
@@ -56,7 +55,7 @@ def init(
     Raises:
         UserError: there are no images, the recipe is there already, or it could not be built.
     """
-    console = Console(stderr=as_json, highlight=False)
+    console = PatientConsole(stderr=as_json, highlight=False)
     if not math.isfinite(hours):
         raise UserError(f"--hours: should be a number of hours, not {hours}")
     donor = method_named(method)
@@ -99,7 +98,13 @@ def init(
 
 
 def _tell(
-    path: Path, seen: Look, made: Choices, machine: Machine, findings: list[Finding], as_json: bool, console: Console
+    path: Path,
+    seen: Look,
+    made: Choices,
+    machine: Machine,
+    findings: list[Finding],
+    as_json: bool,
+    console: PatientConsole,
 ) -> None:
     if as_json:
         chosen = [{"key": line.key, "value": line.value, "why": line.why} for line in made.lines]
@@ -107,7 +112,7 @@ def _tell(
             "recipe": str(path), "look": asdict(seen), "machine": asdict(machine), "choices": chosen,
             "notes": made.notes, "findings": [asdict(finding) for finding in findings],
         }  # fmt: skip
-        print(json.dumps(told, indent=1, default=str))
+        telling.tell(json.dumps(told, indent=1, default=str))
         return
     given = path if re.search(r"[/\\]", str(path)) else f"./{path}"
     say(console, f"wrote {path}, in which each line says why. Look at its views, then train:")

@@ -11,13 +11,14 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from sslkit.compare_groups import spread
-from sslkit.errors import UserError, printable
+from sslkit.errors import UserError
 from sslkit.recipe import Recipe
 from sslkit.recorded import first_and_last
 from sslkit.run_directory import cannot_lock, read_metrics
 from sslkit.sweeping import plan, pool
 from sslkit.sweeping.grid import Grid
 from sslkit.sweeping.jobs import How, Job
+from sslkit.telling import tell
 
 
 def command(
@@ -86,8 +87,8 @@ def command(
 
 
 def say(line: str) -> None:
-    """A line of the command's, at once, also where it goes into a file."""
-    print(printable(line), flush=True)
+    """A line of the command's, at once, also where it goes into a file; nobody need read it."""
+    tell(line)
 
 
 def folder_of(folder: str | None, recipe: Recipe) -> Path:

@@ -15,6 +15,7 @@ from sslkit import registry, testing
 from sslkit.api import Component
 from sslkit.describe import as_toml
 from sslkit.errors import UserError, did_you_mean
+from sslkit.telling import tell
 from sslkit.testing.core import CheckResult, attempt
 
 
@@ -44,7 +45,7 @@ def check_plugin(
         provider = registry.find(component.kind, registry.name_of(type(component)))
         options = component.model_dump(mode="json", exclude_unset=True)
         given = ", ".join(f"{name} = {as_toml(value)}" for name, value in options.items() if name != "use")
-        print(f"{key} from {provider.origin}" + (f", with {given}" if given else ""))
+        tell(f"{key} from {provider.origin}" + (f", with {given}" if given else ""))
     width = max(len(one.name) for one in testing.checks(component.kind))
     for one in testing.checks(component.kind):
         if one.slow and fast:
@@ -54,10 +55,10 @@ def check_plugin(
         if as_json:
             continue
         if result.status == "ok":
-            print(f"ok      {one.name:{width}}  {one.what}", flush=True)
+            tell(f"ok      {one.name:{width}}  {one.what}")
         elif result.status == "failed":
-            print(f"FAILED  {one.name:{width}}  {one.what}")
-            print(
+            tell(f"FAILED  {one.name:{width}}  {one.what}")
+            tell(
                 textwrap.fill(
                     result.message,
                     110,
@@ -65,14 +66,13 @@ def check_plugin(
                     subsequent_indent=" " * 8,
                     break_long_words=False,
                     break_on_hyphens=False,
-                ),
-                flush=True,
+                )
             )
     failed = [r.check for r in results if r.status == "failed"]
     if as_json:
-        print(json.dumps([asdict(r) for r in results], indent=1))
+        tell(json.dumps([asdict(r) for r in results], indent=1))
     else:
-        print(summary(key, results))
+        tell(summary(key, results))
     return 1 if failed else 0
 
 
