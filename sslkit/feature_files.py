@@ -201,7 +201,7 @@ def finished(path: Path, facts: Mapping[str, Any], overwrite: bool) -> Embedded 
             return None
         raise UserError(f"{path}: holds features of something else: other {differing}; choose another place, or begin "
                         f"anew with {spoken().restart}")  # fmt: skip
-    return Embedded(path, old, old["rows"], _left_out(path), anew=False)
+    return Embedded(path, old, old["rows"], _left_out(path) if old.get("left_out") else [], anew=False)
 
 
 def _left_out(path: Path) -> list[Mapping[str, str]]:
@@ -232,6 +232,7 @@ class Parts:
     def __init__(self, path: Path, facts: Mapping[str, Any], images: int) -> None:
         self.path, self.facts = path, facts
         self.folder = path.with_name(f"{path.name}.parts")
+        self.claim = self.folder / "bad_samples"  # of the file beside the output, until the output itself says so
         self.key = _key(facts)
         self.batch: int = facts["batch"]
         size = self.batch * max(1, PART // self.batch)
@@ -248,6 +249,14 @@ class Parts:
             return _key(json.loads((self.folder / "state.json").read_text(encoding="utf-8"))) == self.key
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+    def beside(self) -> Path:
+        """Where `bad_samples` goes; raises UserError for a file there that no output says to be its own."""
+        beside = bad_samples_of(self.path)
+        if beside.exists() and not (self.claim.exists() or (recorded(self.path) or {}).get("left_out")):
+            raise UserError(f"{beside}: is there already, and belongs to no output of sslkit's; move it, or choose "
+                            "another place")  # fmt: skip
+        return beside
 
     @contextlib.contextmanager
     def held(self, restart: Restart) -> Iterator[None]:
@@ -338,8 +347,7 @@ class Parts:
         """Write the output out of all parts, and beside it what was left out; tells the rows.
 
         Raises:
-            UserError: no image could be read.
-            RunFailed: a part was damaged.
+            UserError: no image could be read, or as `beside`. RunFailed: a part was damaged.
         """
         rows = int(sum(pq.read_metadata(self._file(number)).num_rows for number in range(len(self.ranges))))
         if not rows:
@@ -347,8 +355,9 @@ class Parts:
             bad = left_out[0]
             raise UserError(f"{self.facts['folder']}: none of {len(left_out)} image files can be read: {bad['path']} "
                             f"{bad['problem']}")  # fmt: skip
-        beside = bad_samples_of(self.path)
+        beside = self.beside()
         if left_out:
+            self.claim.touch()
             with in_one_piece(beside) as staging:
                 staging.write_text("".join(f"{json.dumps(bad)}\n" for bad in left_out), encoding="utf-8")
         else:
@@ -367,7 +376,7 @@ class Parts:
         return rows
 
     def _own(self) -> list[Path]:
-        """What was written below the folder, the lock left out."""
+        """The parts and their state, which give way to new ones."""
         return [self.folder / "state.json", *self.folder.glob("[0-9]*.parquet"), *self.folder.glob(".*.tmp")]
 
     def tidy(self) -> None:
@@ -377,7 +386,7 @@ class Parts:
 
     def remove(self) -> None:
         """Remove all parts. What else lies there stays."""
-        for file in (*self._own(), self.folder / "lock"):
+        for file in (*self._own(), self.claim, self.folder / "lock"):
             with contextlib.suppress(OSError):
                 file.unlink(missing_ok=True)
         with contextlib.suppress(OSError):

@@ -30,7 +30,7 @@ from sslkit.data import cache_folder
 from sslkit.embedding import embed_with, repeatable
 from sslkit.encoder import encoder_of
 from sslkit.errors import RunFailed, UserError, printable
-from sslkit.feature_files import FORMAT, damaged, preparation, recorded
+from sslkit.feature_files import FORMAT, bad_samples_of, damaged, preparation, recorded
 from sslkit.image_files import reader_of
 from sslkit.opened_run import Branch, OpenedRun, open_run
 from sslkit.run_directory import cannot_lock
@@ -173,8 +173,9 @@ def _bank(
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with _alone(file, say):
-            if file.exists() and recorded(file) is None:
-                file.unlink()
+            if recorded(file) is None:
+                for spoilt in (file, bad_samples_of(file)):
+                    spoilt.unlink(missing_ok=True)
             done = embed_with(opened, folder, file, workers=workers, device=device, restart="where other", say=say)
     except OSError as error:
         raise RunFailed(f"{file}: cannot be written: {error.strerror}; set SSLKIT_DATA to a folder that can") from None

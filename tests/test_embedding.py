@@ -321,6 +321,31 @@ def test_another_output_is_overwritten_only_where_that_is_asked_for(run: Path, p
                 embed(run, plain, tmp_path / name, restart=restart)
 
 
+def test_a_file_beside_the_output_that_somebody_else_wrote_is_left_alone(
+    run: Path, plain: Path, tmp_path: Path
+) -> None:
+    out, beside = tmp_path / "out.parquet", tmp_path / "out.bad_samples.jsonl"
+    beside.write_text('{"precious": 1}')
+    for broken in (False, True):  # to be removed, and to be written over
+        if broken:
+            (plain / "05.png").write_bytes(b"broken")
+        with pytest.raises(sslkit.UserError, match=r"out\.bad_samples\.jsonl: is there already, and belongs to no"):
+            embed(run, plain, out)
+        assert (beside.read_text(), out.exists()) == ('{"precious": 1}', False)
+    beside.unlink()
+    assert len(embed(run, plain, out).left_out) == 1
+    assert json.loads(beside.read_text())["path"] == "05.png"
+    save(plain / "05.png")
+    assert not embed(run, plain, out, restart=True).left_out
+    assert not beside.exists(), "the output said that it is its own"
+
+    beside.write_text('{"path": "mine", "problem": "none"}')
+    done = embed(run, plain, out)
+    assert (done.anew, done.left_out) == (False, []), "it is not read, either"
+    with pytest.raises(sslkit.UserError, match="belongs to no output"):
+        embed(run, plain, out, restart=True)
+
+
 @pytest.mark.usefixtures("small_parts")
 def test_unfinished_parts_of_something_else_are_refused(
     run: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
