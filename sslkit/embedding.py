@@ -141,7 +141,7 @@ def embed_with(
 def _readable_now(reader: FileReader, found: Found, done: Embedded, workers: int | None) -> list[int]:
     """Of the images that an output leaves out, those that can be read after all.
 
-    Neither a missing permission nor a missing package is seen in a file's size or time.
+    A permission that was missing is seen in no file's size or time.
     """
     if done.rows == len(found.names):
         return []

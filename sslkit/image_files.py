@@ -19,6 +19,7 @@ from torch import Tensor
 from sslkit import registry
 from sslkit.api import FileReader
 from sslkit.errors import RunFailed, UserError, printable
+from sslkit.looking import Unreadable
 from sslkit.opened_run import OpenedRun
 
 AHEAD = 4
@@ -187,6 +188,7 @@ def portions(
     """Read files in threads, some portions ahead of whoever takes them.
 
     Raises:
+        UserError: something is missing to read such files at all.
         RunFailed: a file is not what it was when it was found.
     """
 
@@ -214,7 +216,7 @@ def _read(reader: FileReader, found: Found, position: int) -> tuple[Tensor, str]
     file = found.root / found.names[position]
     try:
         result: tuple[Tensor, str] | str = reader.read(file)
-    except UserError as error:
+    except Unreadable as error:
         result = str(error)
     if _state(file) != found.states[position]:
         raise RunFailed(f"{file}: was changed since the command began; let nothing change the folder and begin anew")

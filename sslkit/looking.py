@@ -30,9 +30,14 @@ class FileReader(Protocol):
         several threads.
 
         Raises:
-            UserError: it cannot be read; the text completes the sentence "this file ...".
+            Unreadable: it cannot be read.
+            UserError: something is missing to read such files at all, as a package.
         """
         ...
+
+
+class Unreadable(UserError):
+    """A file that cannot be read; the text completes the sentence "this file ..."."""
 
 
 class Unclassed(UserError):

@@ -32,6 +32,7 @@ from sslkit.encoder import encoder_of
 from sslkit.errors import RunFailed, UserError, printable
 from sslkit.feature_files import FORMAT, bad_samples_of, damaged, preparation, recorded
 from sslkit.image_files import reader_of
+from sslkit.looking import Unreadable
 from sslkit.opened_run import Branch, OpenedRun, open_run
 from sslkit.run_directory import cannot_lock
 from sslkit.telling import tell
@@ -135,13 +136,13 @@ def _asked(
     """Features float32 `[Q, D]` of the queries, and the SHA-256 of their files.
 
     Raises:
-        UserError: one line for each that cannot be read.
+        UserError: one line for each that cannot be read, or for what is missing to read it.
     """
     reader, wrong, pixels, digests = reader_of(opened), [], [], []
     for query in queries:
         try:
             image, digest = reader.read(Path(query).expanduser())
-        except UserError as error:
+        except Unreadable as error:
             wrong.append(f"{query}: {error}")
         else:
             pixels.append(image)
@@ -262,13 +263,13 @@ class _Pictures:
     def found(self, near: Neighbour) -> str:
         below = PurePath(near.path)
         if below.is_absolute() or below.anchor or ".." in below.parts:
-            raise UserError("would be outside the folder")
+            raise Unreadable("would be outside the folder")
         return self._shown(self.root / below, None if self.own else near.sha256)
 
     def _shown(self, file: Path, sha256: str | None) -> str:
         pixels, digest = self.reader.read(file)
         if sha256 not in (None, digest):
-            raise UserError("is not the one that the features are of")
+            raise Unreadable("is not the one that the features are of")
         return _picture(pixels)
 
 
@@ -296,8 +297,10 @@ def _document(opened: OpenedRun, facts: Mapping[str, Any], found: Sequence[Neare
 def _figure(shown: Callable[[], str], name: str, said: str, kind: str = "found") -> str:
     try:
         picture = f'<img src="{shown()}" alt="{_text(name)}">'
-    except UserError as error:
+    except Unreadable as error:
         picture = f'<span class="none">{_text(f"no picture: the file {error}")}</span>'
+    except UserError as error:  # of pictures of this kind
+        picture = f'<span class="none">{_text(f"no picture: {error}")}</span>'
     return f'<figure class="{kind}">{picture}<figcaption><strong>{said}</strong> {_text(name)}</figcaption></figure>'
 
 

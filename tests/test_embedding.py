@@ -29,6 +29,7 @@ from sslkit.embedding import embed
 from sslkit.features import features
 from sslkit.opened_run import open_run
 from sslkit_datasets import Folder
+from sslkit_datasets.preparing import Preparation
 
 SIDE = 16
 
@@ -236,7 +237,7 @@ def test_what_is_there_is_not_made_again(run: Path, plain: Path, tmp_path: Path)
 def test_what_was_left_out_is_tried_again(
     run: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A permission or a package that was missing is seen in no file's size or time."""
+    """A permission that was missing is seen in no file's size or time."""
     (plain / "20.png").write_bytes(b"broken")
     embed(run, plain, tmp_path / "whole.parquet", batch=4)
     out, read = tmp_path / "out.parquet", Path.read_bytes
@@ -452,6 +453,47 @@ def test_a_full_disk_is_told_and_the_parts_stay(
         with pytest.raises(sslkit.RunFailed, match=r"cannot be written: No space left on device; .* goes on from it"):
             embed(run, plain, tmp_path / "out.parquet")
     assert embed(run, plain, tmp_path / "out.parquet").rows == 21
+
+
+def test_a_file_that_takes_too_much_memory_is_left_out(
+    run: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    huge, square = (plain / "03.png").read_bytes(), Preparation.square
+
+    def read(prepared: Preparation, data: bytes) -> Any:
+        if data == huge:
+            raise MemoryError
+        return square(prepared, data)
+
+    monkeypatch.setattr(Preparation, "square", read)
+    done = embed(run, plain, tmp_path / "out.parquet")
+    assert done.left_out == [{"path": "03.png", "problem": "takes more memory than there is"}]
+    with pytest.raises(sslkit.UserError, match=r"03\.png: takes more memory"):
+        sslkit.search(run, plain / "03.png", plain)
+
+
+def test_a_missing_package_ends_it_with_one_line(
+    run: Path, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tifffile = pytest.importorskip("tifffile")
+    for number in range(3):
+        (tmp_path / "tiffs").mkdir(exist_ok=True)
+        tifffile.imwrite(tmp_path / "tiffs" / f"{number}.tif", picture(number, SIDE, SIDE, 3))
+    line = "data_source: there are TIFF files, for which tifffile is missing: pip install 'sslkit[tiff]'\n"
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "tifffile", None)
+        for command in (
+            ["embed", str(run), str(tmp_path / "tiffs"), "-o", str(tmp_path / "out.parquet")],
+            ["search", str(run), str(tmp_path / "tiffs" / "0.tif"), str(plain), "-o", str(tmp_path / "out.html")],
+        ):
+            said = sslkit_command(*command)
+            assert (said.exit_code, said.stderr) == (2, line)
+    features = tmp_path / "out.parquet"
+    assert embed(run, tmp_path / "tiffs", features).rows == 3
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "tifffile", None)
+        sslkit.search(run, plain / "00.png", features, out=tmp_path / "out.html")
+    assert "no picture: data_source: there are TIFF files" in (tmp_path / "out.html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from torch import Tensor
 from sslkit.api import Images
 from sslkit.errors import UserError, printable
 from sslkit.progress import counted
-from sslkit_datasets.bad import BadImageError
+from sslkit_datasets.bad import TOO_MUCH, BadImageError
 from sslkit_datasets.decode import Pixels
 from sslkit_datasets.preparing import HEAD, Preparation, digest_of_head
 from sslkit_datasets.slices import Slice
@@ -175,7 +175,7 @@ def survey(
         except BadImageError as error:
             return Finding(digest, str(error))
         except MemoryError:  # nothing that the file can be known by: next time there may be more
-            return Finding(b"", "takes more memory than there is")
+            return Finding(b"", TOO_MUCH)
         if store is not None:
             store.put(row, image)
         return Finding(digest, None, image.shape[1], image.shape[2])

@@ -19,7 +19,7 @@ from sslkit.api import DataInfo, Look
 from sslkit.environment import cores
 from sslkit.progress import counted
 from sslkit_datasets.arrays import Arrays
-from sslkit_datasets.bad import BadImageError
+from sslkit_datasets.bad import TOO_MUCH, BadImageError
 from sslkit_datasets.folder import Listing, list_sets
 from sslkit_datasets.images import load, shown, state_of
 from sslkit_datasets.kinds import Kind, kind_of_image
@@ -110,7 +110,7 @@ def _see(path: Path, arrays: Arrays, *, values: bool) -> _Seen:
     except BadImageError as error:
         kind, problem = None, str(error)
     except MemoryError:
-        kind, problem = None, "takes more memory than there is"
+        kind, problem = None, TOO_MUCH
     return _Seen(kind, problem, time.perf_counter() - before)
 
 

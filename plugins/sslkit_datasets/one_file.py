@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sslkit.errors import UserError
-from sslkit_datasets.bad import BadImageError
+from sslkit.looking import Unreadable
+from sslkit_datasets.bad import TOO_MUCH, BadImageError
 from sslkit_datasets.folder import ARRAYS, SUFFIXES
 from sslkit_datasets.images import load
 from sslkit_datasets.preparing import Preparation
@@ -29,4 +29,6 @@ class Reader:
             data = load(file)
             return torch.from_numpy(self.prepared.square(data)), hashlib.sha256(data).hexdigest()
         except BadImageError as error:
-            raise UserError(str(error)) from error
+            raise Unreadable(str(error)) from error
+        except MemoryError:
+            raise Unreadable(TOO_MUCH) from None
