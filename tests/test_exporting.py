@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ from test_python_api import mine
 
 import sslkit
 from sslkit.exporting import Export, export
+from sslkit.exporting.folder import replacing, tidy
 from sslkit.exporting.prepared import _shortest
 from sslkit.opened_run import open_run
 from sslkit_watch import KNN
@@ -211,7 +213,7 @@ def test_killed_as_it_takes_its_place_the_earlier_export_comes_back(copied: Path
     assert done.returncode == 9
     left = sorted(path.name.rpartition(".")[2] for path in copied.iterdir() if path.name.startswith(".export."))
     assert left == {1: ["tmp"], 2: ["old", "tmp"], 3: ["old"]}[at]
-    live = copied / f".export.{os.getpid()}@{socket.gethostname()}.tmp"
+    live = copied / f".export.{os.getppid()}-0123abcd@{socket.gethostname()}.tmp"
     others = [live, copied / ".export.mine.tmp", copied / ".export.1@another machine.old", copied / ".export2.1.tmp"]
     for other in others:
         other.mkdir()
@@ -221,6 +223,34 @@ def test_killed_as_it_takes_its_place_the_earlier_export_comes_back(copied: Path
     live.rmdir()
     export(copied)
     assert names(folder) == ALL
+
+
+@pytest.mark.parametrize("part", ["", "-0123abcd"])
+def test_what_a_killed_process_with_the_same_number_left_is_not_in_the_way(copied: Path, part: str) -> None:
+    """A container that is started again gives the same numbers to its processes."""
+    folder = export(copied, checkpoint=5).folder
+    before = (folder / "model.safetensors").read_bytes()
+    left = copied / f".export.{os.getpid()}{part}@{socket.gethostname()}"
+    folder.rename(f"{left}.old")
+    Path(f"{left}.tmp").mkdir()
+    refused(copied, "has no checkpoint 7", checkpoint=7)
+    assert (folder / "model.safetensors").read_bytes() == before, "it came back"
+    assert not list(copied.glob(".export*"))
+    Path(f"{left}.tmp").mkdir()
+    export(copied)
+    assert names(folder) == ALL
+    assert not list(copied.glob(".export*"))
+
+
+def test_an_export_leaves_alone_what_another_of_the_same_process_uses(copied: Path) -> None:
+    with replacing(copied / "export") as first:
+        (first / "a").write_text("a")
+        tidy(copied / "export")
+        assert first.is_dir()
+        with contextlib.suppress(KeyboardInterrupt), replacing(copied / "export") as second:
+            assert second != first
+            raise KeyboardInterrupt
+    assert (names(copied / "export"), list(copied.glob(".export*"))) == (["a"], [])
 
 
 KILLED = """
@@ -273,6 +303,13 @@ def test_options_that_do_not_fit(copied: Path, tmp_path: Path) -> None:
     refused(copied, "size: timm's weights are tied to no size", size=64)
     refused(copied, "size: should be 1 or more", size=0, formats="torch")
     refused(copied, "opset: is for onnx", opset=18)
+    for wrong in (16.0, "16", True):
+        refused(copied, f"size: should be a whole number, not {wrong!r}", size=wrong, formats=("torch",))
+        refused(copied, f"opset: should be a whole number, not {wrong!r}", opset=wrong, formats=("onnx",))
+    refused(copied, "licence: should be text, not 5", licence=5)
+    refused(copied, "formats: should be a list, not None; choose of timm, torch, onnx", formats=None)
+    refused(copied, r"formats: should be names, not \['onnx'\]; choose of", formats=(["onnx"],))
+    assert not (copied / "export").exists()
     refused(copied, r"licence: should be an SPDX identifier such as apache-2.0 .*, not 'my own\\nlicence'",
             licence="my own\nlicence")  # fmt: skip
     refused(tmp_path / "nothing", "is not there")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from os import PathLike
@@ -125,13 +125,23 @@ def command(run: str, *, as_json: bool, **how: Any) -> None:
 def _formats(given: Sequence[str]) -> tuple[Format, ...]:
     """In the order in which they are written, each once."""
     valid = get_args(Format)
-    for one in (given := [given] if isinstance(given, str) else given):
+    given = [given] if isinstance(given, str) else given
+    if not isinstance(given, Iterable):
+        raise UserError(f"formats: should be a list, not {given!r}; choose of {', '.join(valid)}")
+    for one in (given := list(given)):
+        if not isinstance(one, str):
+            raise UserError(f"formats: should be names, not {one!r}; choose of {', '.join(valid)}")
         if one not in valid:
             raise UserError(f"formats: there is no {one!r}{did_you_mean(one, valid)}; choose of {', '.join(valid)}")
     return cast(tuple[Format, ...], tuple(one for one in valid if one in given)) or ("timm",)
 
 
 def _check_options(formats: Sequence[str], size: int | None, opset: int | None, licence: str | None) -> None:
+    for name, given in (("size", size), ("opset", opset)):
+        if given is not None and type(given) is not int:  # True is an int, too
+            raise UserError(f"{name}: should be a whole number, not {given!r}")
+    if not isinstance(licence, str | None):
+        raise UserError(f"licence: should be text, not {licence!r}")
     if size is not None and formats == ("timm",):
         raise UserError("size: timm's weights are tied to no size but the run's own; size is for torch and onnx")
     if size is not None and size < 1:

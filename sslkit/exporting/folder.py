@@ -6,6 +6,7 @@ import contextlib
 import glob
 import hashlib
 import os
+import secrets
 import shutil
 import socket
 from collections.abc import Iterator
@@ -18,6 +19,11 @@ TOLD = "sslkit.json"
 """The file that says what an exported folder is."""
 
 WRITTEN_BY = "sslkit export"
+
+
+_used: set[str] = set()
+"""Names of folders beside exports that this process has in use. Others with its number are of one that was killed: in
+a container that is started again, numbers recur."""
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -54,15 +60,23 @@ def tidy(folder: Path) -> None:
     folder = Path(os.path.abspath(folder))  # noqa: PTH100 - "." has no name
     for kind in ("old", "tmp"):
         for left in sorted(folder.parent.glob(f".{glob.escape(folder.name)}.*.{kind}")):
-            pid, at, host = left.name[len(folder.name) + 2 : -len(kind) - 1].partition("@")
+            owner, at, host = left.name[len(folder.name) + 2 : -len(kind) - 1].partition("@")
+            pid = owner.partition("-")[0]
             ours = at and pid.isdecimal() and left.is_dir() and not left.is_symlink()
-            if not ours or not died({"status": "running", "pid": int(pid), "host": host}):
+            if not ours or left.name in _used or not _is_left(int(pid), host):
                 continue
             with contextlib.suppress(OSError):  # another process may do the same
                 if kind == "old" and not os.path.lexists(folder):
                     left.rename(folder)
                 else:
                     shutil.rmtree(left, ignore_errors=True)
+
+
+def _is_left(pid: int, host: str) -> bool:
+    """Whether the process of this number whose names this one does not use is gone."""
+    if (pid, host) == (os.getpid(), socket.gethostname()):
+        return True
+    return died({"status": "running", "pid": pid, "host": host})
 
 
 @contextlib.contextmanager
@@ -74,15 +88,27 @@ def replacing(folder: Path) -> Iterator[Path]:
         RunFailed: the disk does not allow it.
     """
     shown, folder = folder, Path(os.path.abspath(folder))  # noqa: PTH100 - "." has no name
-    mine = f".{folder.name}.{os.getpid()}@{socket.gethostname()}"
+    mine = f".{folder.name}.{os.getpid()}-{secrets.token_hex(4)}@{socket.gethostname()}"
     staging, old = (folder.with_name(f"{mine}.{kind}") for kind in ("tmp", "old"))
+    names = {staging.name, old.name}
+    _used.update(names)
+    try:
+        with _written(shown, folder, staging, old):
+            yield staging
+    finally:
+        _used.difference_update(names)
+
+
+@contextlib.contextmanager
+def _written(shown: Path, folder: Path, staging: Path, old: Path) -> Iterator[None]:
+    """What `replacing` does, with the names of the folders; `shown` is what the user calls it."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         staging.mkdir()
     except OSError as error:
         raise UserError(f"{shown}: cannot be made: {error.strerror}; give another folder to write to") from error
     try:
-        yield staging
+        yield
         for path in staging.iterdir():
             with path.open("rb+") as file:
                 os.fsync(file.fileno())  # or a power cut may leave names with nothing in them
