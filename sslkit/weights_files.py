@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -20,6 +21,14 @@ from sslkit.recipe import Recipe
 from sslkit.starting_point import PICKLES, SEEN_FROM, SUFFIX, InitFrom, Part
 
 CHUNK = 2**20
+
+CONVERT = (
+    "import sys, torch, safetensors.torch as s; "
+    "d = torch.load(sys.argv[1], map_location='cpu', weights_only=True); d = d.get('state_dict', d.get('model', d)); "
+    "s.save_file({k: v.clone().contiguous() for k, v in d.items()}, sys.argv[2])"
+)
+"""For `python -c`, between double quotes: what torch.save wrote, alone or in a training's checkpoint, as safetensors,
+which takes no two names for one memory."""
 
 
 @dataclass
@@ -155,10 +164,10 @@ def file_digest(path: Path) -> str:
     """
     where = f"init_from.file: {local.near(path)}"
     if path.suffix in PICKLES:
+        files = (shlex.quote(local.near(file)) for file in (path, path.with_suffix(SUFFIX)))
         raise UserError(
             f"{where}: is a file of torch.save, which may run code when it is opened; where you trust it, convert it: "
-            f'python -c "import sys, torch, safetensors.torch as s; s.save_file({{k: v.contiguous() for k, v in '
-            f'torch.load(sys.argv[1], weights_only=True).items()}}, sys.argv[2])" {path.name} {path.stem}{SUFFIX}'
+            f'python -c "{CONVERT}" {" ".join(files)}'
         )
     if not path.is_file():
         if path.exists():

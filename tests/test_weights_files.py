@@ -144,15 +144,19 @@ def test_files_that_are_none(weights: dict[str, Tensor]) -> None:
         assert "is a folder or a device" in refused("p.safetensors")
 
 
+@pytest.mark.parametrize("place", ["w.pth", "their weights/it's.pth.tar"])
+@pytest.mark.parametrize("key", [None, "state_dict", "model"])
 def test_the_conversion_that_the_refusal_names_gives_the_file(
-    weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+    weights: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, place: str, key: str | None
 ) -> None:
     # `python` is that of the environment that sslkit is in, whether or not it is activated.
     monkeypatch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)
-    torch.save(weights, "w.pth")
-    command = refused({"file": "w.pth"}).partition("convert it: ")[2]
+    Path(place).parent.mkdir(exist_ok=True)
+    torch.save(weights if key is None else {key: weights, "epoch": 3}, place)
+    command = refused({"file": place}).partition("convert it: ")[2]
+    assert str(Path.cwd()) not in command
     assert os.system(command) == 0
-    assert same(prepared("w.safetensors").model.online.backbone, weights)
+    assert same(prepared({"file": str(Path(place).with_suffix(".safetensors"))}).model.online.backbone, weights)
 
 
 @pytest.mark.parametrize(
