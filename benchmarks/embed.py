@@ -22,8 +22,9 @@ import torch
 from sslkit.data import cache_folder
 from sslkit.embedding import embed
 from sslkit.encoder import encoder_of
+from sslkit.environment import cores_here
 from sslkit.feature_files import Rows, _writer
-from sslkit.image_files import cores, find, portions, reader_of
+from sslkit.image_files import find, portions, reader_of
 from sslkit.opened_run import open_run
 from sslkit.searching import _nearest
 
@@ -34,7 +35,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run")
     parser.add_argument("--images", type=int, default=10_000)
-    parser.add_argument("--workers", type=int, default=cores())
+    parser.add_argument("--workers", type=int, default=cores_here())
     parser.add_argument("--rows", type=int, default=1_000_000)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:

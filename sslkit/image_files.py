@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sslkit import registry
 from sslkit.api import FileReader
+from sslkit.environment import cores_here
 from sslkit.errors import RunFailed, UserError, printable
 from sslkit.looking import Unreadable
 from sslkit.opened_run import OpenedRun
@@ -201,7 +202,7 @@ def portions(
     with warnings.catch_warnings():
         # What Pillow warns of is either a problem that is reported by name or of no consequence.
         warnings.filterwarnings("ignore", module=r"PIL\.")
-        pool = ThreadPoolExecutor(workers or cores(), "sslkit-files")
+        pool = ThreadPoolExecutor(workers or cores_here(), "sslkit-files")
         try:
             begun: deque[list[Future[list[tuple[Tensor, str] | str]]]] = deque()
             for number, positions in enumerate(wanted):
@@ -236,8 +237,3 @@ def _portion(found: Found, positions: range, results: Sequence[tuple[Tensor, str
             if isinstance(result, str)
         ],
     )
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -18,6 +18,7 @@ from inspect import signature
 from pathlib import Path
 from typing import Any
 
+from sslkit.environment import cores_here
 from sslkit.errors import UserError
 
 OUTCOME = "SSLKIT_OUTCOME"
@@ -44,7 +45,7 @@ def launch(processes: int, arguments: Sequence[str]) -> int:
 
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # processes tell their errors themselves
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores_here() // processes)))
     # Else processes that are started again may read the addresses of those that died, and wait for them (torch 2.15).
     os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # Of newer versions of torch: SIGUSR1, which schedulers send, is passed on, and a checkpoint may take its time.

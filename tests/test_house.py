@@ -199,6 +199,13 @@ def test_kinds_are_the_same_everywhere() -> None:
     assert set(registry.KINDS) == set(KIND_CLASSES)
 
 
+def test_cores_are_counted_in_one_place() -> None:
+    """`os.cpu_count` has those of the machine, of which a scheduler may have given this process a few."""
+    counting = re.compile(r"sched_getaffinity|cpu_count")
+    found = [path.name for path in [*CORE, *PLUGINS] if counting.search(path.read_text(encoding="utf-8"))]
+    assert found == ["environment.py"]
+
+
 def test_nothing_private_is_told() -> None:
     """No absolute path of anybody's machine, and no host of a package registry, in any file that ships."""
     pattern = re.compile(

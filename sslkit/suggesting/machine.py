@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from sslkit.environment import cores_here
 from sslkit.plan import measure
 from sslkit.preparation import prepare
 from sslkit.recipe import read_recipe
@@ -22,9 +23,8 @@ LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_by
 
 def machine_of(device: torch.device) -> Machine:
     """The machine, as far as choices depend on it."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     fast = torch.cuda.is_bf16_supported() if device.type == "cuda" else _cpu_has_bf16()
-    return Machine(device.type, cores, _memory(), fast)
+    return Machine(device.type, cores_here(), _memory(), fast)
 
 
 def _memory() -> int:

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol
 
+from sslkit.environment import cores_here
 from sslkit.errors import RunFailed
 from sslkit.stopping import ASKING
 
@@ -148,8 +149,7 @@ def places(jobs: int, device: str) -> list[dict[str, str]]:
     """
     if jobs == 1:
         return [{}]
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores // jobs)))
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, cores_here() // jobs)))
     devices = _devices() if device != "cpu" else []
     return [
         {"OMP_NUM_THREADS": threads} | ({"CUDA_VISIBLE_DEVICES": devices[place % len(devices)]} if devices else {})
