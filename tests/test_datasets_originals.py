@@ -23,6 +23,7 @@ from sslkit_datasets import folder as folder_module
 from sslkit_datasets.decode import BadImageError, decode
 from sslkit_datasets.headers import sides
 from sslkit_datasets.holding_out import held_out
+from sslkit_datasets.preparing import HEAD
 
 Open = Callable[..., Any]
 
@@ -326,6 +327,36 @@ def test_copies_in_both_sets_are_counted(root: Path, tmp_path: Path, check: Any)
     spec = Folder(root=str(root), test_root=str(tmp_path / "test"), size=8, crops_from="original", check=check)
     spec.build(DataInfo(0, tmp_path / "cache", said.append))
     assert said == ["2 of 3 test images are training images, too, byte for byte: take them out"]
+
+
+def test_images_that_begin_alike_are_no_copies(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where only headers are read, those with equal first bytes are read in full before anything is said of them."""
+    noise = np.random.default_rng(0).integers(0, 256, (200, 200, 3), np.uint8)
+    other = noise.copy()
+    other[150:] += 1
+    first, second, third = (encoded(Image.fromarray(each), compress_level=0) for each in (noise, other, noise[::-1]))
+    assert (len(first), first[:HEAD]) == (len(second), second[:HEAD])
+    for name, data in (("test/a/x.png", second), ("test/a/y.png", third), ("train/a/0.png", first),
+                       ("train/a/1.png", third)):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+    said: list[str] = []
+    spec = Folder(root=str(tmp_path / "train"), test_root=str(tmp_path / "test"), size=8, crops_from="original",
+                  check="headers")  # fmt: skip
+
+    def told() -> list[str]:
+        said.clear()
+        spec.build(DataInfo(0, tmp_path / "cache", said.append))
+        return said
+
+    assert told() == ["1 of 2 test images are training images, too, byte for byte: take them out"]
+    (tmp_path / "test" / "a" / "y.png").unlink()
+    assert told() == []
+    monkeypatch.setattr("sslkit_datasets.sets.MOST_IN_FULL", 1)
+    assert told() == [
+        "1 of 1 test images have the length and the first 65,536 bytes of training images, which is all that was read "
+        "of them: see whether they are the same"
+    ]
 
 
 # ---------------------------------------------------------------- look

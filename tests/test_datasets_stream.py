@@ -100,6 +100,16 @@ def test_an_order_reads_each_row_group_once(opened: Open, monkeypatch: pytest.Mo
     assert sorted(read) == list(range(8))
 
 
+def test_copies_in_both_sets_are_counted_where_only_headers_are_read(
+    spec: Callable[..., Parquet], tmp_path: Path
+) -> None:
+    write(tmp_path / "test.parquet", [IMAGES[12], image(77, 9, 9), IMAGES[3]], [0, 1, 0])
+    said: list[str] = []
+    made = spec(test_path=str(tmp_path / "test.parquet"), check="headers")
+    made.build(DataInfo(0, tmp_path / "cache", said.append))
+    assert said == ["2 of 3 test images are training images, too, byte for byte: take them out"]
+
+
 def test_several_threads(opened: Open) -> None:
     train = opened().train
     with ThreadPoolExecutor(4) as pool:

@@ -101,6 +101,18 @@ def test_samples(opened: Open, window: int | None) -> None:
     assert hasattr(train, "order") is (window is not None)
 
 
+@pytest.mark.parametrize("window", [None, 5])
+def test_copies_in_both_sets_are_counted_where_only_headers_are_read(
+    opened: Open, said: list[str], tmp_path: Path, window: int | None
+) -> None:
+    files = {}
+    for i, data in enumerate([IMAGES[7], image(77), IMAGES[2]]):
+        files |= {f"{i}.png": data, f"{i}.cls": b"0\n"}
+    test = shard(tmp_path / "test.tar", files)
+    opened(test_path=str(test), check="headers", window=window)
+    assert said == ["2 of 3 test images are training images, too, byte for byte: take them out"]
+
+
 def test_names_as_labels(opened: Open) -> None:
     found = opened(label="json:kind")
     assert (found.class_names, found.train.labels.tolist()) == (("a", "b"), [0, 1] * 6)

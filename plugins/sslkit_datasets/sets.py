@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,10 +13,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from sslkit.api import Images
+from sslkit_datasets.bad import BadImageError
 from sslkit_datasets.holding_out import held_out
 from sslkit_datasets.images import Finding, InMemory, Opened, Store, sift, tell_left_out
-from sslkit_datasets.preparing import Preparation
+from sslkit_datasets.preparing import HEAD, Preparation
 from sslkit_datasets.reading import Encoded, OnDemand, Streamed
+
+MOST_IN_FULL = 1000
+"""Images that are read in full at most where only headers are to be read."""
 
 
 class _Options(Protocol):
@@ -75,7 +80,6 @@ def opened(
     """
     made: dict[str, Images] = {}
     bad: list[dict[str, str]] = []
-    digests: dict[str, list[bytes]] = {}
     for which, found in sets.items():
         good, left_out = sift(
             [f.problem for f in found.findings],
@@ -85,22 +89,49 @@ def opened(
             advice=advice,
         )
         bad += left_out
-        digests[which] = [found.findings[i].digest for i in good]
         if options.hold_out is None:
             made[which] = _images(found, good, reading)
             continue
         labels = None if found.labels is None else found.labels[good]
-        rows, held = held_out(digests[which], labels, options.hold_out)
+        rows, held = held_out([found.findings[i].digest for i in good], labels, options.hold_out)
         made["test"] = _images(found, [good[i] for i in held], reading, copy=True)
         made["training"] = _images(found, [good[i] for i in rows], reading)
     tell_left_out(say, bad, sum(len(found.findings) for found in sets.values()))
     if "test" in sets and sets["training"].store is None:
-        trained = set(digests["training"])
-        if shared := sum(digest in trained for digest in digests["test"]):
-            say(
-                f"{shared} of {len(digests['test'])} test images are training images, too, byte for byte: take them out"
-            )
+        _tell_shared(sets["training"], sets["test"], headers=reading.prepared.headers, say=say)
     return Opened(made["training"], made.get("test"), class_names, fingerprint, bad)
+
+
+def _tell_shared(train: Examined, test: Examined, *, headers: bool, say: Callable[[str], None]) -> None:
+    """Say how many test images are training images, if any. Of those whose headers alone were read, the few that have
+    the same first bytes are read in full for that."""
+    trained = {finding.digest for finding in train.findings if finding.problem is None}
+    tested = [i for i, finding in enumerate(test.findings) if finding.problem is None]
+    suspects = [i for i in tested if test.findings[i].digest in trained]
+    shared = len(suspects)
+    if headers and shared:
+        both = {test.findings[i].digest for i in suspects}
+        alike = [i for i, finding in enumerate(train.findings) if finding.problem is None and finding.digest in both]
+        if len(alike) + shared > MOST_IN_FULL:
+            say(
+                f"{shared:,} of {len(tested):,} test images have the length and the first {HEAD:,} bytes of training "
+                "images, which is all that was read of them: see whether they are the same"
+            )
+            return
+        whole = set(_in_full(train, alike)) - {None}
+        shared = sum(digest in whole for digest in _in_full(test, suspects))
+    if shared:
+        say(f"{shared} of {len(tested)} test images are training images, too, byte for byte: take them out")
+
+
+def _in_full(found: Examined, rows: Sequence[int]) -> Iterator[bytes | None]:
+    """SHA-256 of all bytes of the images at ascending rows; None of one that cannot be read any more."""
+    encoded = found.part(rows)
+    for i in range(len(rows)):
+        try:
+            yield hashlib.sha256(encoded.load(i)).digest()
+        except BadImageError:
+            yield None
 
 
 def _images(found: Examined, rows: Sequence[int], reading: Reading, *, copy: bool = False) -> Images:
