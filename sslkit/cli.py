@@ -12,7 +12,7 @@ from sslkit.cli_options import leaving_out, local_code, overriding
 from sslkit.errors import SslkitError, printable
 
 ONLY_PRINT = frozenset(
-    ["recipes", "runs", "list-plugins", "describe", "schema", "diff", "compare", "copy", "new-plugin", "evaluate"]
+    ["recipes", "runs", "list-plugins", "describe", "schema", "diff", "compare", "copy", "new-plugin"]
 )
 """Commands that a reader who goes away, as `| head` does, may end: they print, or print when all else is done. Others
 go on without a reader (`sslkit.telling`)."""

@@ -108,11 +108,11 @@ def command(runs: Sequence[str], **how: Any) -> None:
     _same(opened, wanted)
     found = [_evaluate(one, wanted, how["device"], _tell) for one in opened]
     if how["as_json"]:
-        print(json.dumps(_as_json(found), indent=1))
+        tell(json.dumps(_as_json(found), indent=1))
     elif how["markdown"]:
-        print(told.markdown(found))
+        tell(told.markdown(found))
     else:
-        print("\n".join(_told(found)))
+        tell("\n".join(_told(found)))
 
 
 def _tell(text: str) -> None:

@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from sslkit import evaluation_file
 from sslkit.charts import Drawings
-from sslkit.errors import UserError, did_you_mean, printable
+from sslkit.errors import UserError, did_you_mean
 from sslkit.page import asset, document, page_path, save
 from sslkit.recorded import ABSENT, Run, read_run
 from sslkit.report import curves
 from sslkit.report.evaluated import evaluated
 from sslkit.report.features import features, missing, views
 from sslkit.run_directory import died, read_json, refuse_strays
+from sslkit.telling import tell
 
 if TYPE_CHECKING:
     from sslkit.doctor import Examination
@@ -41,10 +42,10 @@ def show(run: str | Path, out: str | Path | None = None, watch: float | None = N
     """
     directory = Path(run)
     path = write(directory, None if out is None else Path(out), reload=None if watch is None else _every(watch))
-    print(printable(f"{path}: open it in a browser"))
+    tell(f"{path}: open it in a browser")
     if watch is None or not _running(directory):
         return
-    print(f"written again every {_every(watch)} s while the run goes on; Ctrl-C ends this, not the run", flush=True)
+    tell(f"written again every {_every(watch)} s while the run goes on; Ctrl-C ends this, not the run")
     try:
         before = _changed(directory)
         while _running(directory):
@@ -53,7 +54,7 @@ def show(run: str | Path, out: str | Path | None = None, watch: float | None = N
                 before = now
                 write(directory, path, reload=_every(watch))
     except KeyboardInterrupt:
-        print()
+        tell("")
     finally:
         write(directory, path)  # nobody writes it any more: it must not read itself again
 
