@@ -11,7 +11,7 @@ from typing import Any
 
 from sslkit import registry
 from sslkit.errors import UserError, did_you_mean, printable
-from sslkit.rules import RANKS, Course, Facts, Finding, Rule, Seen, Severity, ordered
+from sslkit.rules import RANKS, Course, Facts, Finding, Points, Rule, Seen, Severity, ordered
 from sslkit.run_directory import died, read_json, read_metrics, refuse_strays
 
 EXIT_CODES: Mapping[Severity, int] = {"error": 2, "warning": 1, "info": 0}
@@ -261,7 +261,7 @@ def _unproven(course: Course) -> str:
     """Why another program's accuracy does not show that anything is learnt; nothing if it does, or there is none."""
     if course.facts.recipe is not None:
         return ""
-    curves = [points for key in ("knn_top1", "probe_top1") if (points := course.points(key)).values]
+    curves = [points for key in ("knn_top1", "probe_top1") if (points := _learnt(course, key)).values]
     if not curves or course.points("knn_top1").steps[:1] == [0]:
         return ""
     if any(len(c.values) > 2 and c.values[-1] >= c.values[0] + RISEN for c in curves):
@@ -269,6 +269,13 @@ def _unproven(course: Course) -> str:
     few = max(len(c.values) for c in curves) < 3
     why = "accuracy was measured once or twice" if few else "accuracy has not clearly risen"
     return f"{why}, and there is no figure of the random network to compare with"
+
+
+def _learnt(course: Course, key: str) -> Points:
+    """What was measured of an accuracy; of a probe without step 0, where its weights are zero and it knows nothing."""
+    points = course.points(key)
+    untrained = points.steps.count(0) if key == "probe_top1" else 0
+    return Points(points.steps[untrained:], points.epochs[untrained:], points.values[untrained:])
 
 
 def _unlabelled(course: Course) -> str:
@@ -285,7 +292,8 @@ def _figures(course: Course) -> list[str]:
     for key, name in (("knn_top1", "kNN top-1"), ("probe_top1", "linear probe top-1")):
         steps, _, values = course.points(key)
         if len(values) > 1:
-            floor = f" (the {course.facts.first_network})" if steps[0] == 0 and course.status else ""
+            first = f"the {course.facts.first_network}" if key == "knn_top1" else "the untrained probe, chance"
+            floor = f" ({first})" if steps[0] == 0 and course.status else ""
             lines.append(f"{name} {values[0]:.4f} at step {steps[0]}{floor} -> {values[-1]:.4f} at step {steps[-1]}")
     return lines
 

@@ -62,9 +62,14 @@ def summarise(run: Path, console: Console) -> None:
             highlight=False,
             soft_wrap=True,
         )
-    probed = [r["probe_top1"] for r in records if r.get("probe_top1") is not None]
+    probed = [r for r in records if r.get("probe_top1") is not None]
     if probed:
-        say(console, f"linear probe top-1, trained beside the run: {probed[0]:.4f} -> {probed[-1]:.4f}")
+        untrained = " untrained, chance (step 0)" if probed[0]["step"] == 0 else ""
+        say(
+            console,
+            f"linear probe top-1, trained beside the run: {probed[0]['probe_top1']:.4f}{untrained} -> "
+            f"{probed[-1]['probe_top1']:.4f}",
+        )
     losses = [r["loss"] for r in records if r.get("loss") is not None]
     if losses:
         say(console, f"loss: {losses[0]:.4f} -> {losses[-1]:.4f} (it cannot rank runs; kNN can)")

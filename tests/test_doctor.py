@@ -83,6 +83,24 @@ def test_what_a_recipe_accepts_is_told_as_meant_and_an_error_stays_one() -> None
     assert found.exit_code == 0
 
 
+def test_the_probes_first_figure_is_told_as_that_of_an_untrained_probe() -> None:
+    records = [{"step": 0, "knn_top1": 0.5, "probe_top1": 0.28}, {"step": 60, "knn_top1": 0.7, "probe_top1": 0.76}]
+    for initialised, network in (("", "random"), ("runs/x, step 8", "initialised")):
+        course = Course(Facts(recipe={}, initialised=initialised), {"status": "done"}, list(records))
+        knn, probe = examine(course, "a run").notes
+        assert knn == f"kNN top-1 0.5000 at step 0 (the {network} network) -> 0.7000 at step 60"
+        assert probe == "linear probe top-1 0.2800 at step 0 (the untrained probe, chance) -> 0.7600 at step 60"
+
+
+def test_a_probe_that_rises_from_its_untrained_self_proves_nothing_of_a_log() -> None:
+    def verdict(*values: float) -> str:
+        records = [{"step": 10 * i, "epoch": i, "probe_top1": value} for i, value in enumerate(values)]
+        return examine(Course(Facts(), {}, records), "a log").verdict
+
+    assert "accuracy has not clearly risen" in verdict(0.1, 0.5, 0.5, 0.51)
+    assert "accuracy has not clearly risen" not in verdict(0.1, 0.4, 0.45, 0.51)
+
+
 @pytest.mark.usefixtures("three")
 def test_the_text_has_figures_cause_fix_and_source() -> None:
     text = examine(Course(Facts(batch_size=4)), "a run", notes=["a note"]).text()

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from conftest import TINY
 from PIL import Image
+from rich.console import Console
 from test_charts import Reader
 
 from sslkit import doctor, report, snapshot
@@ -22,6 +23,7 @@ from sslkit.errors import UserError
 from sslkit.recipe import parse_recipe
 from sslkit.report.curves import GROUPS, charts, marked
 from sslkit.rules import Finding
+from sslkit.summary import summarise
 from sslkit_watch.report import ReportObserver
 
 EVIL = """<script>alert(1)</script><img src=x onerror=alert(2)> & "x" 'y' %{y}"""
@@ -281,7 +283,7 @@ def test_related_metrics_share_a_chart(tmp_path: Path) -> None:
     assert [curve.name for curve in drawn["Terms of the loss"].curves] == ["variance"]
     accuracy = drawn["Accuracy of features"]
     assert [curve.name for curve in accuracy.curves] == ["kNN", "probe", "probe, training views"]
-    assert [(level.value, level.curve) for level in accuracy.levels] == [(0.25, 0), (0.2, 1)]
+    assert [(level.value, level.curve) for level in accuracy.levels] == [(0.25, 0)], "an untrained probe is no floor"
     assert drawn["Gradient norm"].log
     assert not drawn["Loss"].log
 
@@ -328,6 +330,16 @@ def test_without_a_random_network_no_figure_stands_in_for_it(tmp_path: Path) -> 
     assert "0.5400" in text
     assert "→ 0.5400" not in text
     assert "random network → now" not in text
+
+
+def test_a_probe_begins_untrained_and_not_as_the_random_network(tmp_path: Path) -> None:
+    text = shown(report.write(made_run(tmp_path / "run", lines=records())))
+    assert "random network → now; ± 0.0498 standard error" in text, "kNN keeps its floor"
+    assert "untrained probe (chance) → now; " in text
+    assert text.count("random network → now") == 1
+    console = Console(file=io.StringIO(), width=200)
+    summarise(tmp_path / "run", console)
+    assert "beside the run: 0.2000 untrained, chance (step 0) -> 0.6000\n" in console.file.getvalue()  # type: ignore[attr-defined]
 
 
 def test_a_figure_says_if_it_was_better_before(tmp_path: Path) -> None:

@@ -266,16 +266,15 @@ def _newest(run: Run, *keys: str) -> list[float | None]:
 
 
 def _from_to(points: Points) -> str:
-    """The figure of the network before training and the newest one; neither stands in for the other."""
+    """The figure before training and the newest one; neither stands in for the other."""
     (begun, first), (reached, last) = points[0], points[-1]
     return f"{first:.4f} → {last:.4f}" if begun == 0 and reached else f"{last:.4f}"
 
 
-def _accuracy(title: str, points: Points, images: float | None, protocol: str, run: Run) -> Figure:
+def _accuracy(title: str, points: Points, images: float | None, protocol: str, first: str) -> Figure:
     (begun, _), (reached, last) = points[0], points[-1]
     words = []
     if begun == 0:
-        first = "initialised network" if run.recipe is not None and run.recipe.init_from else "random network"
         words.append(f"{first} → now" if reached else f"{first}, before training")
     if images:
         words.append(f"± {math.sqrt(last * (1 - last) / images):.4f} standard error of {images:,.0f} images")
@@ -288,13 +287,15 @@ def _accuracy(title: str, points: Points, images: float | None, protocol: str, r
 def _knn(title: str, points: Points, run: Run) -> Figure:
     k, temperature, bank, queries = _newest(run, "knn_k", "knn_temperature", "knn_bank", "knn_queries")
     known = k is not None and temperature is not None and bank is not None
-    return _accuracy(title, points, queries, f"k {k:g}, T {temperature:g}, bank {bank:,.0f}" if known else "", run)
+    protocol = f"k {k:g}, T {temperature:g}, bank {bank:,.0f}" if known else ""
+    first = "initialised network" if run.recipe is not None and run.recipe.init_from else "random network"
+    return _accuracy(title, points, queries, protocol, first)
 
 
 def _probe(title: str, points: Points, run: Run) -> Figure:
     [training] = _newest(run, "probe_train_top1")
-    said = "on frozen features, trained beside the run"
-    return _accuracy(title, points, None, said + (f"; {training:.4f} on training views" if training else ""), run)
+    said = "trained beside the run, which never feels it" + (f"; {training:.4f} on training views" if training else "")
+    return _accuracy(title, points, None, said, "untrained probe (chance)")
 
 
 def _loss(title: str, points: Points, run: Run) -> Figure:

@@ -200,12 +200,11 @@ def _named(key: str, metrics: Mapping[str, str]) -> str:
 
 
 def _floors(run: Run, keys: Collection[str]) -> list[Level]:
-    """The random network's accuracies, where they were measured."""
-    if not {"knn_top1", "probe_top1"} & set(keys):
-        return []
-    drawn = {key: points for key in keys if (points := run.points(key))}
-    begun = {number: drawn[key][0] for number, key in enumerate(drawn) if key in ("knn_top1", "probe_top1")}
-    return [Level(value, number) for number, (step, value) in begun.items() if step == 0]
+    """The kNN accuracy of the network before training, where it was measured. A probe's first is no such floor: its own
+    weights are untrained then, and it is at chance whatever the features are."""
+    drawn = [key for key in keys if run.points(key)]
+    begun = [(number, *run.points(key)[0]) for number, key in enumerate(drawn) if key == "knn_top1"]
+    return [Level(value, number) for number, step, value in begun if step == 0]
 
 
 def _has_values(curve: Curve) -> bool:
