@@ -464,6 +464,16 @@ def test_the_figure_at_step_0_is_no_random_floor() -> None:
     assert (quality(random).floor, quality(started).floor) == (0.9, None)  # type: ignore[union-attr]
 
 
+def test_a_target_that_is_slow_from_the_start_leaves_no_random_start() -> None:
+    slow = ("tiny.toml", "--set", "target_updater.tau=0.999")
+    assert "[tau_slow]" in command("check", *slow).output
+    started = (*slow, "--set", "init_from=runs/byol", "--set", "name=init")
+    told = [command("check", *started), command("train", *started, "--steps", "8"), command("doctor", "runs/init")]
+    assert not any("tau_slow" in each.output for each in told)
+    backbone = ("--set", 'init_from={ run = "runs/byol", parts = ["backbone"] }')
+    assert "tau_slow" not in command("check", *slow, *backbone).output, "a copy of what was initialised"
+
+
 def test_a_target_that_was_apart_in_the_run_is_no_finding() -> None:
     command("train", init_file(), "--steps", "1")
     assert "target_starts_apart" not in command("doctor", "runs/init").output

@@ -242,6 +242,14 @@ def test_a_target_that_hardly_leaves_its_random_start() -> None:
     assert told(tau(cosine(0.9995, 39_000), 39_000)) == []
 
 
+def test_a_slow_target_may_keep_weights_that_were_learnt() -> None:
+    """As docs/how-to/start-from-a-run.md recommends."""
+    assert told(tau(0.9925, 60)) == ["tau_slow"]
+    assert told(tau(0.9925, 60, initialised="runs/x, step 840")) == []
+    assert told(tau(0.9925, 60, recipe={"backbone": {"use": "timm", "pretrained": True}})) == []
+    assert told(tau(0.9925, 60, recipe={"backbone": {"use": "timm", "pretrained": False}})) == ["tau_slow"]
+
+
 @given(st.floats(0.9, 0.9999), st.floats(0.0, 1.0), st.integers(10, 2000))
 def test_what_is_said_to_be_left_of_the_random_start_is_left(start: float, way: float, steps: int) -> None:
     curve = cosine(start, steps, end=start + way * (1 - start))
