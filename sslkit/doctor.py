@@ -138,8 +138,8 @@ class Examination:
     """Whether the run was begun and nothing of its training is recorded."""
     unproven: str = ""
     """Why finding nothing does not make a run healthy, where it does not."""
-    unlabelled: str = ""
-    """Which labels there are not, where nothing tells how good the features are for that."""
+    unmeasured: str = ""
+    """Why nothing tells how good the features are, where nothing does: `no labels`, `no labelled test images`."""
 
     def count(self, severity: Severity) -> int:
         """Findings of one severity."""
@@ -154,7 +154,7 @@ class Examination:
     def verdict(self) -> str:
         """One line: whether to trust the run, and what to do first."""
         missing = "" if not self.broken else f" (rules that are broken and were not asked: {self.broken})"
-        rests = f"; {self.unlabelled}: {UNMEASURED}" if self.unlabelled and not self.count("error") else ""
+        rests = f"; {self.unmeasured}: {UNMEASURED}" if self.unmeasured and not self.count("error") else ""
         return self._judged + rests + missing
 
     @property
@@ -239,7 +239,7 @@ def examine(course: Course, title: str, *, notes: Iterable[str] = (), accepted: 
     unseen = bool(course.status) and not course.step
     told = tuple(explained(meant))
     notes = (*notes, *_figures(course), *broken)
-    return Examination(title, told, notes, len(broken), over, unseen, _unproven(course), _unlabelled(course))
+    return Examination(title, told, notes, len(broken), over, unseen, _unproven(course), _unmeasured(course))
 
 
 _SLOT = "backbone|data_source|loss|observers|optimizer|predictor|projector|target_updater|train|view_generator"
@@ -278,7 +278,7 @@ def _learnt(course: Course, key: str) -> Points:
     return Points(points.steps[untrained:], points.epochs[untrained:], points.values[untrained:])
 
 
-def _unlabelled(course: Course) -> str:
+def _unmeasured(course: Course) -> str:
     """Which labels a run has not, if nothing recorded is an accuracy all the same."""
     measured = course.facts.quality or ("knn_top1", "probe_top1")
     if course.facts.labelled is not False or any(course.points(key).values for key in measured):

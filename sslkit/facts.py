@@ -55,6 +55,7 @@ def gather(parts: Parts) -> Facts:
             processes=run.world_size,
             precision=recipe.train.precision,
             initialised=recipe.init_from.words if recipe.init_from else "",
+            initialised_by=recipe.init_from.place if recipe.init_from else "",
             loss_precision="fp32",  # the engine calls losses outside autocast
             labelled=data.train.labels is not None and data.test is not None and data.test.labels is not None,
             quality=tuple(m for o in recipe.observers if o.enabled for m in type(o).measures),

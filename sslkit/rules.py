@@ -114,7 +114,9 @@ class Facts(_Known):
     """What the loss computes in."""
 
     initialised: str = ""
-    """Where the weights at step 0 were taken from, as `runs/x, step 840`; empty where they were drawn."""
+    """Where the weights at step 0 were taken from, as `runs/x, step 840`, for people; empty where they were drawn."""
+    initialised_by: str = ""
+    """The same as `init_from` has it: `run`, `timm` or `file`; empty where they were drawn, and of older runs."""
 
     # measurement
     labelled: bool | None = None

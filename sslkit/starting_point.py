@@ -103,6 +103,11 @@ class InitFrom(BaseModel):
         return made if self.run is not None else {k: v for k, v in made.items() if k not in ("checkpoint", "branch")}
 
     @property
+    def place(self) -> str:
+        """Which one of `run`, `timm` and `file` it is."""
+        return next(name for name in PLACES if getattr(self, name) is not None)
+
+    @property
     def words(self) -> str:
         """`runs/x, step 840`, `timm's resnet50.a1_in1k`, `weights.safetensors`."""
         if self.run is None:

@@ -112,24 +112,32 @@ def test_a_recipe_without_it_hashes_as_before() -> None:
 
 def seen(**tables: Any) -> Any:
     assert frozen_random.before
-    initialised = tables.pop("initialised", "")
-    return frozen_random.before(Facts(recipe=tables, initialised=initialised))
+    start = tables.pop("start", None)
+    known = {"initialised": start.words, "initialised_by": start.place} if start else {}
+    return frozen_random.before(Facts(recipe=tables, **known))
 
 
 def test_frozen_weights_that_were_never_trained_are_warned_of() -> None:
     assert "layer1" in seen(train={"freeze": ["layer1"]}, backbone={"use": "timm"})
     assert seen(train={}, backbone={"use": "timm"}) is None
-    assert seen(train={"freeze": ["layer1"]}, initialised="runs/x") is None
+    assert seen(train={"freeze": ["layer1"]}, start=InitFrom(run="runs/x")) is None
     assert seen(train={"freeze": ["layer1"]}, backbone={"pretrained": True}) is None
     assert seen(train={"freeze": ["patch_embed"]}, backbone={}) is None, "MoCo v3's trick"
     small = {"pretrained": True, "stem": "small_image"}
     assert "conv1" in seen(train={"freeze": ["conv1", "layer1"]}, backbone=small)
     assert seen(train={"freeze": ["layer1"]}, backbone=small) is None
-    timms = InitFrom(timm="resnet18.a1_in1k").words
+    timms = InitFrom(timm="resnet18.a1_in1k")
+    assert seen(train={"freeze": ["conv1"]}, backbone=small, start=InitFrom(file="timm's w.safetensors")) is None
     for pattern in ("conv1", "conv*", "conv1.weight"):
-        assert "conv1" in seen(train={"freeze": [pattern]}, backbone={"stem": "small_image"}, initialised=timms)
-    assert seen(train={"freeze": ["layer1"]}, backbone={"stem": "small_image"}, initialised=timms) is None
-    assert seen(train={"freeze": ["conv1", "layer1"]}, backbone={}, initialised=timms) is None
+        assert "conv1" in seen(train={"freeze": [pattern]}, backbone={"stem": "small_image"}, start=timms)
+    assert seen(train={"freeze": ["layer1"]}, backbone={"stem": "small_image"}, start=timms) is None
+    assert seen(train={"freeze": ["conv1", "layer1"]}, backbone={}, start=timms) is None
+
+
+def test_facts_of_an_older_run_do_not_say_what_kind_of_start_it_had() -> None:
+    assert frozen_random.before
+    older = Facts.model_validate({"recipe": {"train": {"freeze": ["conv1"]}}, "initialised": "timm's resnet18.a1_in1k"})
+    assert (older.initialised_by, frozen_random.before(older)) == ("", None)
 
 
 def test_the_rule_is_one() -> None:

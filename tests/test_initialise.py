@@ -479,6 +479,6 @@ def test_a_target_that_was_apart_in_the_run_is_no_finding() -> None:
     assert "target_starts_apart" not in command("doctor", "runs/init").output
     facts = read_json(Path("runs/init/facts.json"))
     assert facts["target_gap"] > 0
-    assert facts["initialised"] == "runs/byol, step 8"
+    assert (facts["initialised"], facts["initialised_by"]) == ("runs/byol, step 8", "run")
     assert command("report", "runs/init").exit_code == 0
     assert "initialised network" in Path("runs/init/report.html").read_text()

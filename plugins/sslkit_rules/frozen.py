@@ -10,7 +10,7 @@ from sslkit_rules.options import listed, option
 
 def _random(facts: Facts) -> str | None:
     frozen = option(facts, "train.freeze")
-    from_timm = facts.initialised.startswith("timm's ")
+    from_timm = facts.initialised_by == "timm"
     if not frozen or (facts.initialised and not from_timm):
         return None
     if not from_timm and not option(facts, "backbone.pretrained"):
