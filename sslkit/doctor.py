@@ -94,7 +94,7 @@ def _finding(name: str, rule: Rule, seen: Seen, step: int | None) -> Finding:
         return getattr(rule, attribute) if own is None else own
 
     return Finding(
-        name, chosen("severity"), rule.what, seen.text, chosen("cause"), chosen("fix"), rule.source, chosen("key"),
+        name, chosen("severity"), chosen("what"), seen.text, chosen("cause"), chosen("fix"), rule.source, chosen("key"),
         step if seen.step is None else seen.step,
     )  # fmt: skip
 

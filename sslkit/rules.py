@@ -314,6 +314,8 @@ class Seen:
     key: str | None = None
     step: int | None = None
     """When it became true, if that is known better than the newest record's step."""
+    what: str | None = None
+    """The headline, where the rule's is too strong or too weak for this case."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, str):

@@ -83,6 +83,13 @@ def test_what_a_recipe_accepts_is_told_as_meant_and_an_error_stays_one() -> None
     assert found.exit_code == 0
 
 
+def test_a_rules_headline_may_be_another_in_one_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, {"a": rule("error", before=lambda f: Seen("3", what="Something is very wrong.")),
+                          "b": rule("error", before=lambda f: Seen("3"))})  # fmt: skip
+    whats = [f.what for f in examine(Course(), "a run").findings]
+    assert whats == ["Something is very wrong.", "Something is wrong."]
+
+
 def test_the_probes_first_figure_is_told_as_that_of_an_untrained_probe() -> None:
     records = [{"step": 0, "knn_top1": 0.5, "probe_top1": 0.28}, {"step": 60, "knn_top1": 0.7, "probe_top1": 0.76}]
     for initialised, network in (("", "random"), ("runs/x, step 8", "initialised")):

@@ -49,6 +49,36 @@ def test_how_grave_a_rise_is(times: float, learns: bool, expected: str | None) -
     assert (seen and seen.severity) == expected
 
 
+def test_a_rise_is_called_by_its_size() -> None:
+    assert told(course.loss_rise, losses(*THREAD)).what == "The loss rises far above its least."
+    lesser = told(course.loss_rise, losses(4.0, 2.0, 1.0, 0.5, 0.3, 0.3, 0.9, 0.9, 0.9))
+    assert lesser.what == "The loss rises above its least."
+
+
+def test_figures_that_are_medians_are_said_to_be() -> None:
+    assert told(course.loss_rise, losses(*THREAD)).text.startswith("the loss falls to 0.0054 at")
+    curve = [*(4 - i / 13 for i in range(40)), *[2.0] * 16]
+    curve[20], curve[50] = 0.01, 9.0  # a single record is neither the least nor the highest
+    text = told(course.loss_rise, losses(*curve)).text
+    assert (
+        text
+        == "the loss (medians of 5 records) falls to 1.154 at epoch 39 and rises to 2 at epoch 42, 1.7 times its least"
+    )
+
+
+def test_a_rise_that_the_loss_has_made_good_is_no_rise() -> None:
+    bump = [4.0, 2.0, 1.0, 0.7, 0.7, 1.4, 1.4]
+    assert told(course.loss_rise, losses(*bump, 0.8))
+    assert look(course.loss_rise, losses(*bump, 0.6)) is None
+    late = [*(4 - i / 13 for i in range(40)), *[2.0] * 8]
+    assert told(course.loss_rise, losses(*late))
+    assert look(course.loss_rise, losses(*late, 0.9)) is None, "the newest record is below, whatever the medians say"
+    steep = told(course.loss_rise, losses(4.0, 2.0, 1.0, 0.1, 0.1, 5.0, 5.0, 0.05))
+    assert (steep.severity, steep.what) == ("error", "The loss rose far above its least, and is below it again.")
+    assert steep.text.startswith("the loss fell to 0.1 at epoch 3 and rose to 5 at epoch 5, 50 times its least so far; "
+                                 "it is 0.05 now")  # fmt: skip
+
+
 def test_simsiams_rise_is_measured_from_minus_one() -> None:
     seen = told(course.loss_rise, losses(-0.1, -0.5, -0.9, -0.98, -0.6, -0.5, -0.5))
     assert seen.severity == "error"

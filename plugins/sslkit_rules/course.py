@@ -9,7 +9,7 @@ from itertools import pairwise
 from statistics import median
 
 from sslkit.rules import Course, Points, Rule, Seen, Severity
-from sslkit_rules.curves import far, grew, lasted, now, since, smooth
+from sslkit_rules.curves import far, grew, lasted, now, since, smooth, window
 
 RISE, STEEP = 1.5, 10.0
 """How many times its least a later loss may be: up to the first it is common, from the second on it is not."""
@@ -101,11 +101,10 @@ def _rises(course: Course) -> Seen | None:
         return None
     graver, milder = RANKED[learns]
     severity = graver if times >= STEEP else milder
-    place = _place(points)
-    text = (
-        f"the loss falls to {above[low] + floor:.4g} at {place(low)} and rises to {above[high] + floor:.4g} at "
-        f"{place(high)}, {times:.{0 if times >= STEEP else 1}f} times its least"
-    )
+    over = min(above[-1], points.values[-1] - floor) < above[low]
+    if over and times < STEEP:
+        return None  # a bump on the way down
+    text, what = _risen(points, (low, above[low] + floor), (high, above[high] + floor), times, over)
     if learns:
         return Seen(
             f"{text}, while kNN or the probe grows: common for losses with a moving target",
@@ -113,6 +112,7 @@ def _rises(course: Course) -> Seen | None:
             cause="a target that has moved on, or negatives that have become harder",
             fix="none",
             step=points.steps[high],
+            what=what,
         )
     tau = course.facts.tau
     if tau is not None and tau.above_one is not None:
@@ -121,7 +121,26 @@ def _rises(course: Course) -> Seen | None:
         text += f"; tau passes 1 at step {crossed + 1}" + (": the onset matches" if matches else "")
     if times >= STEEP and above[-1] < above[high] / 2 and course.facts.prevents_collapse is not True:
         text += "; the fall afterwards is probably a target that hardly moves any more, not recovery"
-    return Seen(text, severity, step=points.steps[high])
+    return Seen(text, severity, step=points.steps[high], what=what)
+
+
+def _risen(
+    points: Points, low: tuple[int, float], high: tuple[int, float], times: float, over: bool
+) -> tuple[str, str]:
+    """A rise from one record to another in words, and a headline as strong as it was."""
+    place, width = _place(points), window(points.values)
+    medians = f" (medians of {width} records)" if width > 1 else ""
+    falls, rises = ("fell", "rose") if over else ("falls", "rises")
+    text = (
+        f"the loss{medians} {falls} to {low[1]:.4g} at {place(low[0])} and {rises} to {high[1]:.4g} at "
+        f"{place(high[0])}, {times:.{0 if times >= STEEP else 1}f} times its least"
+    )
+    if over:
+        return (
+            f"{text} so far; it is {points.values[-1]:.4g} now",
+            "The loss rose far above its least, and is below it again.",
+        )
+    return text, f"The loss rises {'far ' if times >= STEEP else ''}above its least."
 
 
 def _place(points: Points) -> Callable[[int], str]:
@@ -132,7 +151,7 @@ def _place(points: Points) -> Callable[[int], str]:
 
 
 loss_rise = Rule(
-    what="The loss rises far above its least.",
+    what="The loss rises above its least.",
     severity="warning",
     cause="a target that moves away (tau above 1), a learning rate too high, or a target that is left behind",
     fix="look at tau over the whole run, then lower the learning rate (optimizer.lr); measure kNN, which tells "

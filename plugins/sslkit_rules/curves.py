@@ -26,9 +26,14 @@ def now(values: Sequence[float]) -> float:
     return median(values[-NEWEST:])
 
 
-def smooth(values: Sequence[float], most: int = 5) -> list[float]:
-    """Medians of the newest values at each place: fewer where there are few in all, as of a log with one an epoch."""
-    width = max(1, min(most, len(values) // 8))
+def window(values: Sequence[float], most: int = 5) -> int:
+    """How many values `smooth` takes a median of: fewer where there are few in all, as of a log with one an epoch."""
+    return max(1, min(most, len(values) // 8))
+
+
+def smooth(values: Sequence[float]) -> list[float]:
+    """Medians of the newest values at each place."""
+    width = window(values)
     return [median(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]
 
 
