@@ -158,9 +158,10 @@ def _newest_here(files: RunDirectory, parts: Parts, console: Console) -> checkpo
     for problem in problems:
         say(console, problem)
     if found and found.facts["data_fingerprint"] != parts.data.fingerprint:
+        changes = other_data(found.facts["data_fingerprint"], found, parts)
         raise UserError(
-            f"{files.path}: the data changed since this run began (fingerprint {found.facts['data_fingerprint']}, now "
-            f"{parts.data.fingerprint}); put the old data back, or start anew with another {spoken().run_dir}"
+            f"{files.path}: the data changed since this run began ({changes}); put the old data back, or start anew "
+            f"with another {spoken().run_dir}"
         )
     if found and found.facts["recipe_hash"] != parts.recipe.hash():
         if parts.recipe.local_parts():
@@ -178,6 +179,16 @@ def _newest_here(files: RunDirectory, parts: Parts, console: Console) -> checkpo
     for line in other_code(found, parts.recipe) if found else ():
         say(console, f"warning: {line}")
     return found
+
+
+def other_data(before: str, found: checkpoint.Checkpoint | None, parts: Parts) -> str:
+    """In what data differ from those that a run was trained on, as far as the run has noted it."""
+    digests = f"fingerprint {before[:12]}, now {parts.data.fingerprint[:12]}"
+    then, now = ((found.facts.get("run") or {}) if found else {}).get("train_images"), parts.run.train_images
+    if then is None:
+        return digests
+    images = f"{then} training images, now {now}" if then != now else f"{then} training images, as many as now"
+    return f"{images}; {digests}"
 
 
 def other_code(found: checkpoint.Checkpoint, recipe: Recipe) -> list[str]:

@@ -562,7 +562,13 @@ def test_data_that_changed_between_attempts_is_refused(root: Path, tiny: Path, t
     for change in (added, removed, renamed, changed, broken):
         change(root)
         (line,) = told(lambda: run_on(root, tiny, tmp_path / "run", "data_source.max_bad=0.5", steps=4))
-        assert re.search("the data changed since this run began.*put the old data back", line), change
+        fewer, same = "16 training images, now 15", "16 training images, as many as now"
+        images = {added: "16 training images, now 17", removed: fewer, broken: fewer}
+        found = re.search(
+            r"changed since this run began \((.*); fingerprint (\w+), now (\w+)\); put the old data", line
+        )
+        assert found, change
+        assert (found[1], len(found[2]), len(found[3])) == (images.get(change, same), 12, 12), change
         (root / "99.png").unlink(missing_ok=True)
         pictures(root)
     assert run_on(root, tiny, tmp_path / "run", steps=4) == 0
