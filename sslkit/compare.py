@@ -67,6 +67,8 @@ def compare(runs: Sequence[str | Path], out: str | Path, *, group: bool = False)
     number = "1 run" if len(found) == 1 else f"{len(found)} runs"
     number += f" in {len(groups)} {'group' if len(groups) == 1 else 'groups'}" if groups else ""
     print(printable(f"{out}: {number}{figures and f', kNN top-1: {figures}'}"))
+    if measured and (others := [run.name for run in groups or found if not run.points("knn_top1")]):
+        print(printable(f"no kNN accuracy was recorded of {', '.join(others)}"))
     for line in [*said, *(run.problem for run in found if run.problem)]:
         print(printable(line))
 

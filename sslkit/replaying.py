@@ -347,8 +347,8 @@ def _check_same(run: Path, found: checkpoint.Checkpoint | None, parts: Parts, st
     before = found.facts["data_fingerprint"] if found else env.get("data_fingerprint")
     if before is not None and before != parts.data.fingerprint:
         raise UserError(
-            f"{run}: the data changed since this run was trained ({other_data(before, found, parts)}); put the old data "
-            "back"
+            f"{run}: the data changed since this run was trained ({other_data(before, found, parts)}); put the old "
+            "data back"
         )
     if not 1 <= step <= parts.run.total_steps:
         raise UserError(f"{run}: has {parts.run.total_steps} updates, so there is no update {step}")

@@ -90,6 +90,7 @@ def samples_of(
         line = None
     pair = _pair(made)
     found, count = [], len(made)
+    grey = all(view.shape[1] == 1 for view in made)
     for i, index in enumerate(indices.tolist()):
         original = cast(Originals, train).original(index) if viewing.originals else squares[i]
         side = (original.shape[-2], original.shape[-1])
@@ -100,8 +101,8 @@ def samples_of(
                 [*_titles(data, index), *([f"{side[1]} x {side[0]} px"] if viewing.originals else [])],
                 original.float() / 255,
                 [_undone(v[i], line) for v in made],
-                [words(values, side) for values in own],
-                words(common, side),
+                [words(values, side, grey=grey) for values in own],
+                words(common, side, grey=grey),
                 [box(values, side) for values in own],
                 None if gap is None else (float(gap.max()), float(gap.mean())),
             )

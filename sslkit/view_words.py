@@ -5,17 +5,20 @@ A parameter of any name and shape is written as its name and its numbers. These 
 - `box`, four integers: top, left, height and width of a crop, in pixels of the image.
 - `jitter` (yes or no) with `brightness`, `contrast`, `saturation` (factors), `hue` (turns) and `order` (those four, as
   0 to 3, in the order in which they come): written in that order, and not at all where the answer is no.
+- `saturation` and `hue` of the jitter, and `grayscale`, not of views with one channel, which have no colours.
 - `NAME_DETAIL` beside a yes-or-no parameter that is called NAME, or begins with it: left out where the answer is no.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 
 import torch
 from torch import Tensor
 
 JITTER = ("brightness", "contrast", "saturation", "hue")
+COLOURS = ("saturation", "hue", "grayscale")
+"""What leaves a grey image as it is."""
 SPELT_OUT = 6
 """A parameter of more numbers than this is written as its shape and its range."""
 
@@ -43,12 +46,13 @@ def drawn(parameters: Mapping[str, Tensor], sample: int, samples: int, views: in
     return own, common
 
 
-def words(values: Values, side: tuple[int, int]) -> list[str]:
-    """One line for each thing that was drawn. `side` is the height and width of the image."""
-    return list(_lines(values, side))
+def words(values: Values, side: tuple[int, int], *, grey: bool = False) -> list[str]:
+    """One line for each thing that was drawn. `side` is the height and width of the image; `grey`, whether views
+    have one channel."""
+    return list(_lines(values, side, COLOURS if grey else ()))
 
 
-def _lines(values: Values, side: tuple[int, int]) -> Iterator[str]:
+def _lines(values: Values, side: tuple[int, int], without: Collection[str]) -> Iterator[str]:
     crop, known = box(values, side), _knows_jitter(values)
     if crop is not None:
         yield f"crop {100 * crop[2] * crop[3] / (side[0] * side[1]):.0f}% of area"
@@ -58,9 +62,9 @@ def _lines(values: Values, side: tuple[int, int]) -> Iterator[str]:
             continue
         if known and name in ("jitter", "order", *JITTER):
             if name == "jitter" and switches[name]:
-                yield from _jitter(values)
+                yield from _jitter(values, without)
         elif name in switches:
-            if switches[name] and not any(other.startswith(f"{name}_") for other in values):
+            if switches[name] and name not in without and not any(other.startswith(f"{name}_") for other in values):
                 yield name.replace("_", " ")
         elif all(on for switch, on in switches.items() if _is_detail(name, switch)):
             yield f"{name.replace('_', ' ')} {_numbers(value)}"
@@ -95,9 +99,11 @@ def _knows_jitter(values: Values) -> bool:
     )
 
 
-def _jitter(values: Values) -> Iterator[str]:
+def _jitter(values: Values, without: Collection[str]) -> Iterator[str]:
     for number in values["order"].tolist():
         name = JITTER[int(number)]
+        if name in without:
+            continue
         value = float(values[name])
         yield f"hue {360 * value:+.0f}°" if name == "hue" else f"{name} x {value:.2f}"
 

@@ -362,6 +362,16 @@ def test_data_that_nothing_is_known_of_are_not_called_different(made: Made) -> N
     assert accuracies(read([made("a"), path])) == ""
 
 
+def test_runs_without_an_accuracy_are_named(made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bare = [made(name, records=without("knn_top1", *PROTOCOL)) for name in "bc"]
+    compare([made("a"), *bare], tmp_path / "all.html")
+    assert capsys.readouterr().out.splitlines()[:2] == [
+        f"{tmp_path / 'all.html'}: 3 runs, kNN top-1: a 0.2500 → 0.5000", "no kNN accuracy was recorded of b, c",
+    ]  # fmt: skip
+    compare(bare, tmp_path / "none.html")
+    assert capsys.readouterr().out == f"{tmp_path / 'none.html'}: 2 runs\n"
+
+
 def test_a_run_without_accuracies_does_not_count(made: Made) -> None:
     records = without("knn_top1", *PROTOCOL)
     assert accuracies(read([made("a"), made("b", records=records, data="other")])) == ""

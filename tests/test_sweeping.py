@@ -25,7 +25,7 @@ from sslkit import sweeping
 from sslkit.cli import main
 from sslkit.errors import UserError
 from sslkit.run_directory import read_json, read_metrics
-from sslkit.sweeping import ended, held, plan, pool
+from sslkit.sweeping import ended, held, plan, pool, summarise
 from sslkit.sweeping.jobs import How, Job, said
 from sslkit.sweeping.pool import Task
 
@@ -483,6 +483,20 @@ def test_the_random_networks_accuracy_is_nobodys_result(recipe: Path, faked: Cal
     assert Job("all/seed-0", path.parent, (), How("", (), None, "cpu")).figures().startswith(
         "kNN top-1 0.1000 before training, "
     )  # fmt: skip
+
+
+def test_one_finished_run_is_nothing_to_compare(recipe: Path, faked: Callable[[], list[str]]) -> None:
+    assert "compare them" not in sweep().output
+    assert "compare them" in sweep("--seeds", "2").output
+    status = recipe.parent / "runs/tiny-sweep/all/seed-1/status.json"
+    status.write_text(json.dumps({"status": "interrupted", "step": 4, "of": 20}))
+    told: list[str] = []
+    jobs = [Job(f"all/seed-{n}", status.parent.parent / f"seed-{n}", (), How("", (), None, "cpu")) for n in (0, 1)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sslkit.sweeping.say", told.append)
+        summarise(Path("runs/tiny-sweep"), jobs)
+    assert [line for line in told if "all" in line] == ["  all  0.5000 (n 1)"]
+    assert not any("compare" in line for line in told)
 
 
 def test_the_exit_code_says_how_it_ended() -> None:

@@ -53,7 +53,7 @@ def pretend(task: Task) -> int:
         return -9
     peak, seed = json.loads((folder / "asked.json").read_text())
     value = 1 - abs(math.log10(peak) + 1) + seed / 100  # the best is 0.1
-    (folder / search.FIGURE).write_text(json.dumps({"by": by, "value": value}))
+    (folder / search.FIGURE).write_text(json.dumps({"by": by, "value": value, "knn_queries": 36.0}))
     return 0
 
 
@@ -173,6 +173,8 @@ def test_it_finds_what_is_good_and_says_how_to_train_it(faked: Callable[..., tup
     pasted = run(*shlex.split(output.splitlines()[-1].partition("sslkit ")[2]), "--steps", "1")
     assert pasted.exit_code == 0, pasted.output
     assert Path("runs/tiny-sweep-best/status.json").is_file()
+    error = math.sqrt(max(values) * (1 - max(values)) / 36)
+    assert f"\na run's figure is of 36 queries: its standard error is {error:.4f}, " in output
     later = [abs(math.log10(float(trial["values"]["optimizer.lr.peak"])) + 1) for trial in found[12:]]
     first = [abs(math.log10(float(trial["values"]["optimizer.lr.peak"])) + 1) for trial in found[:10]]
     assert sum(later) / len(later) < sum(first) / len(first), "it learns from what it was told"

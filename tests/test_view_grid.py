@@ -297,6 +297,19 @@ def test_what_the_crops_draw_reads_well() -> None:
     assert said(flip=False, jitter=False, order=[0, 1, 2, 3], **colour, blur=False, blur_sigma=0.8) == []
 
 
+def test_grey_views_have_no_colours_to_change() -> None:
+    drawn_for = {"jitter": True, "order": [3, 1, 0, 2], "brightness": 1.21, "contrast": 0.8, "saturation": 1.0,
+                 "hue": 0.0, "grayscale": True, "solarize": True}  # fmt: skip
+    values = {name: torch.as_tensor(value) for name, value in drawn_for.items()}
+    assert words(values, (8, 8), grey=True) == ["contrast x 0.80", "brightness x 1.21", "solarize"]
+    parameters = {name: value.expand(1, 2, *value.shape) for name, value in values.items()}
+    for channels in (1, 3):
+        maker = Stranger(parameters, [torch.rand(1, channels, 8, 8)] * 2, scale=torch.ones(channels, 1, 1))
+        pixels = torch.zeros(1, channels, 8, 8, dtype=torch.uint8)
+        ((shown,), _) = samples(data_of(pixels), run_info(8, channels), maker, 1)
+        assert [any("hue" in line for line in view) for view in shown.words] == [channels == 3] * 2
+
+
 def test_what_is_only_called_alike_is_written_as_numbers() -> None:
     assert said(box=[0.0, 0.0, 1.0, 1.0]) == ["box 0 0 1 1"]
     assert said(box=[4, 4, 40, 8]) == ["box 4 4 40 8"]

@@ -146,7 +146,8 @@ def summarise(folder: Path, runs: Sequence[Job]) -> None:
         say(f"kNN top-1, mean and standard deviation over seeds, below {folder}:")
         for name, values in found.items():
             say(f"  {name:{width}}  {spread(values)}")
-    say(f"compare them: sslkit compare --group {shlex.quote(str(folder))}")
+    if sum(job.finished() for job in runs) > 1:
+        say(f"compare them: sslkit compare --group {shlex.quote(str(folder))}")
 
 
 def _accuracy(job: Job) -> list[float]:

@@ -7,6 +7,7 @@ anew. What is maximised is measured on training images, so the test images stay 
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import statistics
 from collections.abc import Mapping, Sequence
@@ -226,12 +227,29 @@ class Search:
         for value, number in sorted(found, key=lambda pair: (-pair[0], pair[1]))[:5]:
             words = ", ".join(f"{key}={text}" for key, text in self.trials[number]["values"].items())
             self._say(f"  {value:.4f}  trial {number}: {words}")
+        if doubt := self._doubt():
+            self._say(doubt)
         if found:
             best = self.trials[max(found, key=lambda pair: (pair[0], -pair[1]))[1]]["values"]
             # The best of many runs was lucky, too: a seed that chose nothing tells by how much.
             settings = plan.settings(self.how.overrides, best, self.seeds[-1] + 1)
             again = Job("best", Path(f"{self.folder}-best"), settings, self.how)
             self._say(f"the best, with a seed that chose nothing: sslkit {shlex.join(again.arguments())}")
+
+    def _doubt(self) -> str:
+        """How uncertain the best trial's accuracy is, by the number of its queries; empty for other figures."""
+        kept = [(trial["value"], n) for n, trial in enumerate(self.trials) if trial.get("value") is not None]
+        value, number = max(kept, default=(0.0, None), key=lambda pair: pair[0])
+        told = [] if number is None else [read_json(job.directory / FIGURE) for job in self.jobs(number)]
+        counts = [float(n) for figure in told if (n := figure.get("knn_queries")) is not None and is_number(n)]
+        queries = max(counts, default=0.0)
+        if queries < 1 or not 0 <= value <= 1:
+            return ""
+        error = math.sqrt(value * (1 - value) / queries)
+        return (
+            f"a run's figure is of {queries:.0f} queries: its standard error is {error:.4f}, and trials that are "
+            "nearer to one another may be alike"
+        )
 
 
 def measurement(job: Job, by: str) -> Task:
