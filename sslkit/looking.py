@@ -71,7 +71,7 @@ class Look:
     modes: Mapping[str, int]
     """How many there are of each kind: `RGB`, `grey`, `RGBA`, `palette`, `CMYK`, `16-bit grey`, `8 bands uint16`."""
     channels: int
-    """What the kinds have in common: 1 where all are grey, 3 for colours, else the number of bands."""
+    """What the kinds have in common: of pictures 1 where all are grey and 3 for colours, else the number of bands."""
     classes: Mapping[str, int] | None
     """Training images of each class; None where folders suggest none."""
     test_classes: Mapping[str, int] | None

@@ -13,6 +13,8 @@ from sslkit_datasets.arrays import PLAIN, Arrays, is_array, values_of
 from sslkit_datasets.decode import FORMATS, Pixels, decode
 
 _NAMES = {"1": "black and white", "L": "grey", "P": "palette", "I": "32-bit grey", "F": "float grey"}
+_STEPS = (0.7548776662466927, 0.5698402909980532)
+"""The plastic number's inverse and its square: multiples of these, without their whole parts, fill a square evenly."""
 _GREY = ("1", "L", "LA", "La", "I", "F")
 
 
@@ -26,6 +28,8 @@ class Kind:
     channels: int
     values: NDArray[np.float64] | None
     """Some of its values, evenly over it, where they are not 8-bit."""
+    array: bool = False
+    """Whether its bands are taken as they are, as those of NumPy and TIFF files."""
 
 
 def kind_of_image(data: bytes, values: int, arrays: Arrays = PLAIN) -> Kind:
@@ -43,21 +47,38 @@ def kind_of_image(data: bytes, values: int, arrays: Arrays = PLAIN) -> Kind:
         held = values_of(data, arrays)
         height, width, bands = held.shape
         kind = f"{bands} bands {held.dtype}" if bands > 1 else f"grey {held.dtype}"
-        return Kind(kind, height, width, bands, _some(held, values) if values and held.dtype != np.uint8 else None)
+        ranged = bool(values) and held.dtype != np.uint8
+        return Kind(kind, height, width, bands, some(held, values) if ranged else None, array=True)
     pixels: Pixels = decode(data, 3, None)
     with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         mode = image.mode
         deep = mode.startswith("I;16")
-        found = _some(np.asarray(image), values) if deep and values else None
+        found = some(np.asarray(image), values) if deep and values else None
     name = "16-bit grey" if deep else _NAMES.get(mode, mode)
     grey = deep or mode in _GREY or (mode == "P" and _is_grey(pixels))
     return Kind(name, pixels.shape[1], pixels.shape[2], 1 if grey else 3, found)
 
 
-def _some(values: NDArray[np.generic], count: int) -> NDArray[np.float64]:
-    flat = values.reshape(-1)
-    chosen = flat[:: max(1, flat.size // count)].astype(np.float64)
-    return chosen[np.isfinite(chosen)]
+def some(values: NDArray[np.generic], count: int) -> NDArray[np.float64]:
+    """About `count` of an image's finite values, as many of each band and evenly over rows and columns.
+
+    Args:
+        values: `[h, w, bands]`, or `[h, w]`.
+        count: how many; fewer than bands are not taken, nor more than there are.
+    """
+    height, width, bands = values.shape if values.ndim == 3 else (*values.shape, 1)
+    if values.size <= count:
+        chosen = values.reshape(-1)
+    else:
+        each = -(-count // bands)
+        at = np.arange(each * bands)
+        # Not every n-th value: where n has a factor of the bands or the width, that sees some bands or columns alone.
+        row, column = (
+            ((at + 0.5) * step % 1 * side).astype(int) for step, side in zip(_STEPS, (height, width), strict=True)
+        )
+        chosen = values.reshape(height, width, bands)[row, column, at // each]
+    wide = chosen.astype(np.float64)
+    return wide[np.isfinite(wide)]
 
 
 def _is_grey(pixels: Pixels) -> bool:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from sslkit.api import DataInfo, Look
 from sslkit.environment import cores
+from sslkit.errors import UserError
 from sslkit.progress import counted
 from sslkit_datasets.arrays import Arrays
 from sslkit_datasets.bad import TOO_MUCH, BadImageError
@@ -73,6 +74,7 @@ def look_at(spec: Folder, info: DataInfo, limit: int = 0) -> Look:
         seen = list(pool.map(see, range(len(chosen))))
         equal = _equal(paths, [size for size, _ in states], pool)
     kinds = [s.kind for s in seen if s.kind is not None]
+    _refuse_other_bands({paths[at]: s.kind for at, s in zip(chosen, seen, strict=True) if s.kind is not None}, root)
     train = len(listings["training"].names)
     names = [_below(root, path) for path in paths]
     return Look(
@@ -132,13 +134,30 @@ def _digest(path: Path) -> bytes | None:
         return None
 
 
+def _refuse_other_bands(kinds: Mapping[Path, Kind], root: Path) -> None:
+    """Pictures become grey or colours as a recipe wants them; the bands of arrays are taken as they are."""
+    having: dict[int, list[Path]] = {}
+    for path, kind in kinds.items():
+        if kind.array:
+            having.setdefault(kind.channels, []).append(path)
+    if len(having) < 2:
+        return
+    found = sorted(having.items(), key=lambda bands: -len(bands[1]))
+    words = "; ".join(f"{len(paths):,} of {_bands(n)}, as {_below(root, paths[0])}" for n, paths in found[:4])
+    raise UserError(
+        f"{shown(root)}: the images differ in their bands ({words}), and a network takes one number of them: leave those "
+        f"of {_bands(found[0][0])} here, and move the others away; or write a recipe by hand, with bands that all have "
+        "(data_source.bands)"
+    )
+
+
+def _bands(number: int) -> str:
+    return f"{number} band{'s' * (number > 1)}"
+
+
 def _common(channels: Sequence[int]) -> int:
-    """1 where all are grey, 3 for colours or grey among them, else the number of bands most of them have."""
-    if not channels:
-        return 3
-    if max(channels) <= 3:
-        return 1 if max(channels) == 1 else 3
-    return Counter(channels).most_common(1)[0][0]
+    """Of pictures 1 where all are grey, 3 for colours or grey among them; the bands that all arrays have."""
+    return max(channels, default=3)
 
 
 def _counts(listing: Listing) -> Mapping[str, int] | None:

@@ -8,6 +8,9 @@ from typing import Any
 from sslkit.rules import Course, Facts, Rule, Seen
 from sslkit_rules.options import listed, option
 
+OURS = ("two_crops", "multi_crop", "affine")
+"""Generators whose mean and std are the training images' own unless the recipe has others."""
+
 WEAK = 0.1
 """Mean |v1 - v2| of normalised pixels, below which views hardly differ. Recipes here have .5 to 1.2; on CIFAR-10 flips
 alone make .31, crops of .95 of the area .12, and a jitter of .05 makes .07."""
@@ -132,11 +135,29 @@ def _changes_colour(view: Mapping[str, Any]) -> bool:
     return bool((view.get("jitter") and strengths) or view.get("grayscale"))
 
 
-def _scale(facts: Facts) -> str | None:
+def _scale(facts: Facts) -> str | Seen | None:
     for what, scale in (("gets in training", facts.view_scale), ("is measured on", facts.clean_scale)):
         if scale is not None and not (abs(scale[0]) <= FAR and 1 / WIDE <= scale[1] <= WIDE):
-            return f"pixels that the backbone {what} have mean {scale[0]:.3g} and deviation {scale[1]:.3g}, not 0 and 1"
+            seen = f"pixels that the backbone {what} have mean {scale[0]:.3g} and deviation {scale[1]:.3g}, not 0 and 1"
+            return _by_their_own(facts, seen) or seen
     return None
+
+
+def _by_their_own(facts: Facts, seen: str) -> Seen | None:
+    """What is wrong where the images' own mean and deviation are taken, which no option was given for."""
+    table = option(facts, "view_generator")
+    if not isinstance(table, Mapping) or table.get("use") not in OURS:
+        return None
+    if any(table.get(name) is not None for name in ("mean", "std")):
+        return None
+    ranged = option(facts, "data_source.value_range") is not None
+    return Seen(
+        f"{seen}, though the training images' own figures were taken",
+        cause="a band that has nearly one value in all images, as one has that lies outside data_source.value_range",
+        fix=("give a data_source.value_range that holds the values of every band" if ranged else
+             "look at each band's values") + ", or leave bands that hold nothing out (data_source.bands)",
+        key="data_source.value_range" if ranged else "data_source",
+    )  # fmt: skip
 
 
 views_not_normalised = Rule(
