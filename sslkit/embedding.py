@@ -108,6 +108,8 @@ def embed_with(
             return done
         say(f"{path}: of {len(found.names) - done.rows:,} images left out, can be read now: {len(again):,}")
     parts.beside()
+    if found.displaced:
+        say(found.displaced)
     if found.others:
         say(f"{found.root}: passed over files that do not end in {', '.join(found.suffixes)}: {found.others:,}")
     if found.hidden:

@@ -20,7 +20,7 @@ from sslkit import registry
 from sslkit.api import FileReader
 from sslkit.environment import cores_here
 from sslkit.errors import RunFailed, UserError, printable
-from sslkit.looking import Unreadable
+from sslkit.looking import PACKED, Unreadable, other_kinds, packed
 from sslkit.opened_run import OpenedRun
 
 AHEAD = 4
@@ -48,6 +48,8 @@ class Found:
     """What the names of image files end in."""
     others: int
     """Files of other kinds."""
+    displaced: str | None
+    """What is to be said of image files that are not read because pictures lie there, too."""
     hidden: int
     """Files and folders that are hidden, whatever they hold."""
 
@@ -59,12 +61,13 @@ def find(folder: str | os.PathLike[str], suffixes: Sequence[tuple[str, ...]]) ->
     are those of a `FileReader`.
 
     Raises:
-        UserError: there is no such folder, or no image file below it.
+        UserError: there is no such folder, no image file below it, or a few pictures among arrays.
     """
     root = Path(folder).expanduser()
     kinds: list[dict[str, tuple[int, int]]] = [{} for _ in suffixes]
     problems: list[Mapping[str, str]] = []
     others = hidden = 0
+    packs: list[str] = []
     waiting: list[tuple[str, tuple[str, ...]]] = [("", ())]  # no recursion: folders may be nested deeper than calls
     while waiting:
         name, above = waiting.pop()
@@ -87,6 +90,7 @@ def find(folder: str | os.PathLike[str], suffixes: Sequence[tuple[str, ...]]) ->
                 waiting.append((path, (*above, real)))
             elif (kind := next((k for k, ends in enumerate(suffixes) if entry.name.lower().endswith(ends)), -1)) < 0:
                 others += 1
+                packs += [path] if entry.name.lower().endswith(tuple(PACKED)) else []
             elif not _is_text(path):
                 problems.append({"path": printable(path), "problem": "has a name that is no UTF-8; rename it"})
             else:
@@ -95,11 +99,12 @@ def find(folder: str | os.PathLike[str], suffixes: Sequence[tuple[str, ...]]) ->
     if not known:
         lost = f", and {_first(problems)}" if problems else ""
         wanted = ", ".join(end for group in suffixes for end in group)
-        raise UserError(f"{root.absolute()}: holds no image files that end in {wanted}{lost}")
-    others += sum(len(files) for files in kinds) - len(known)
+        raise UserError(f"{root.absolute()}: holds no image files that end in {wanted}{lost}{packed(packs)}")
+    displaced = other_kinds(str(root), kinds)
     names = tuple(sorted(known))
     problems.sort(key=lambda problem: problem["path"])
-    return Found(root, names, tuple(known[name] for name in names), tuple(problems), ends, others, hidden)
+    states = tuple(known[name] for name in names)
+    return Found(root, names, states, tuple(problems), ends, others, displaced, hidden)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -5,15 +5,21 @@ The facts that `sslkit init` chooses by, and how one file is read that is in no 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from heapq import nsmallest
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Protocol
 
-from sslkit.errors import UserError
+from sslkit.errors import UserError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+PACKED = {".parquet": "data_source.parquet", ".tar": "data_source.webdataset"}
+"""Files of many images each, by what reads them."""
 
 
 class FileReader(Protocol):
@@ -83,3 +89,50 @@ class Look:
     """The .1 and 99.9 percentile of values that are not 8-bit; None where all are."""
     seconds_per_image: float
     """What reading and decoding one took, in one thread."""
+
+
+def other_kinds(where: str, kinds: Sequence[Collection[str]]) -> str | None:
+    """What is to be said of image files that are left out of a folder because others lie there.
+
+    Args:
+        where: The folder, as it is called in messages.
+        kinds: Names of files, for each group of a `FileReader`'s suffixes. The first group that has any is read.
+
+    Raises:
+        UserError: fewer would be read than left out, as where one picture lies among a folder's arrays.
+    """
+    few, *others = [names for names in kinds if names] or [()]
+    left = [name for names in others for name in names]
+    if not left:
+        return None
+    if len(few) < len(left):
+        raise UserError(
+            f"{where}: {_files(few)} lie{'s' * (len(few) == 1)} among {_files(left)}; of a folder either pictures are "
+            f"read or TIFF and NumPy files: move {'it' if len(few) == 1 else 'the fewer ones'} out of the folder"
+        )
+    return (
+        f"{where}: left out {_files(left)}, which are read only where no pictures lie: put them into a folder of their "
+        "own to have them"
+    )
+
+
+def _files(names: Collection[str]) -> str:
+    """`60 .tif files (a.tif, b.tif, c.tif, ...)`."""
+    ends = ", ".join(end for end, _ in _ends(names).most_common())
+    some = ", ".join(nsmallest(3, names)) + (", ..." if len(names) > 3 else "")
+    return f"{len(names):,} {ends} file{'s' * (len(names) > 1)} ({printable(some)})"
+
+
+def _ends(names: Iterable[str]) -> Counter[str]:
+    return Counter(PurePosixPath(name.lower()).suffix for name in names)
+
+
+def packed(names: Iterable[str]) -> str:
+    """What to add where a folder has no image files, and files of many images each instead; empty where not."""
+    ends = _ends(names)
+    return "".join(
+        f"; it holds {ends[end]:,} {end} file{'s' * (ends[end] > 1)}, which a recipe's {use} trains on "
+        "(docs/how-to/large-datasets.md)"
+        for end, use in PACKED.items()
+        if ends[end]
+    )

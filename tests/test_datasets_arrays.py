@@ -361,12 +361,16 @@ def test_a_folder_of_arrays(root: Path, tmp_path: Path, check: Any) -> None:
     assert len(prints) == 3
 
 
-def test_arrays_beside_pictures_are_passed_over_and_told(root: Path, tmp_path: Path) -> None:
+def test_arrays_beside_pictures_are_left_out_and_told(root: Path, tmp_path: Path) -> None:
     said: list[str] = []
-    Image.fromarray(noise(9, 9, 3)).save(root / "x.png")
-    opened = Folder(root=str(root), size=8).build(DataInfo(0, tmp_path / "cache", said.append))
-    assert len(opened.train) == 1
-    assert "passed over 8 files (0.npy, 0.tif, 1.npy, ...) with other suffixes than .jpg" in said[0]
+    info = DataInfo(0, tmp_path / "cache", said.append)
+    for number in range(8):
+        with pytest.raises(UserError, match=r"lies? among 8 \.npy, \.tif files" if number else "value_range"):
+            Folder(root=str(root), size=8, channels=5).build(info)
+        Image.fromarray(noise(9, 9, 3)).save(root / f"{number}.png")
+    opened = Folder(root=str(root), size=8).build(info)
+    assert len(opened.train) == 8
+    assert "left out 8 .npy, .tif files (0.npy, 0.tif, 1.npy, ...), which are read only where no pictures" in said[0]
 
 
 def test_look_at_arrays(root: Path, tmp_path: Path) -> None:

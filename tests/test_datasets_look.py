@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import conftest
 import numpy as np
 import pytest
 from conftest import run
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from sslkit import suggesting
 from sslkit.api import DataInfo
@@ -181,3 +183,70 @@ def test_images_of_different_bands_are_refused_with_the_numbers_of_each(tmp_path
     assert "9 of 2 bands, as a/0.npy; 3 of 5 bands, as b/0.npy; 1 of 1 band, as c/0.npy" in told.output.replace(
         "\n", " "
     )
+
+
+# ---------------------------------------------------------------- kinds of files
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("run")
+    (place / "tiny.toml").write_text(conftest.TINY, encoding="utf-8")
+    told = run("train", str(place / "tiny.toml"), "--run-dir", str(place / "run"))
+    assert told.exit_code == 0, told.output
+    return place / "run"
+
+
+def png(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random = np.random.default_rng(len(str(path)))
+    Image.fromarray(random.integers(0, 255, (40, 40, 3), dtype=np.uint8)).save(path)
+
+
+def said(*arguments: str, code: int = 0) -> str:
+    told = run(*arguments)
+    assert told.exit_code == code, told.output
+    return " ".join(told.output.split())
+
+
+@pytest.mark.parametrize("where", ["overview.png", "a/overview.png"])
+def test_one_picture_among_arrays_is_refused_by_name_and_displaces_nothing(
+    tmp_path: Path, tiny_run: Path, where: str
+) -> None:
+    for name in ("a", "b"):
+        saved(tmp_path / "cells" / name, cells(6, 40, 40, 1))
+    said("init", "cells", "--device", "cpu")
+    png(tmp_path / "cells" / where)
+    words = f"cells: 1 .png file ({where}) lies among 12 .npy files (a/0.npy, a/1.npy, a/2.npy, ...)"
+    Path("again.toml").unlink(missing_ok=True)
+    for command in (
+        ("init", "cells", "-o", "again.toml", "--device", "cpu"),
+        ("train", "cells.toml"),
+        ("embed", str(tiny_run), "cells", "-o", "out.parquet"),
+    ):
+        told = said(*command, code=2)
+        assert words in told, told
+        assert "move it out of the folder" in told
+
+
+def test_arrays_that_lie_among_more_pictures_are_said_to_be_left_out(tmp_path: Path, tiny_run: Path) -> None:
+    saved(tmp_path / "cells", cells(3, 40, 40, 1))
+    for number in range(12):
+        png(tmp_path / "cells" / f"{number}.png")
+    words = "left out 3 .npy files (0.npy, 1.npy, 2.npy), which are read only where no pictures lie: put them into a"
+    assert words in said("init", "cells", "--device", "cpu")
+    embedded = said("embed", str(tiny_run), "cells", "-o", "out.parquet")
+    assert words in embedded
+    assert "passed over" not in embedded
+
+
+def test_parquet_and_tar_files_are_named_with_what_reads_them(tmp_path: Path, tiny_run: Path) -> None:
+    for name, end, use in (("hf", "parquet", "parquet"), ("shards", "tar", "webdataset")):
+        for number in range(2):
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / f"{number}.{end}").touch()
+        words = (
+            f"; it holds 2 .{end} files, which a recipe's data_source.{use} trains on (docs/how-to/large-datasets.md)"
+        )
+        assert words in said("init", name, "--device", "cpu", code=2)
+        assert words in said("embed", str(tiny_run), name, "-o", "out.parquet", code=2)

@@ -77,7 +77,7 @@ class Folder(DataSource):
     A folder of folders is read as classes: the sorted names of the folders are the class names, and images may lie at
     any depth below them. A folder of images alone has no labels. `train/` beside `test/` or `val/` inside `root` are
     taken as the two sets. Hidden files are passed over; files with other suffixes and class folders without images are
-    left out and mentioned.
+    left out and mentioned. So are NumPy and TIFF files beside pictures; fewer pictures than these are an error.
 
     Each image is resized once, to `size` x `size`: its largest central square, by antialiased bicubic interpolation.
     Every file is read and decoded in full when the source is opened, so broken ones are known before the first step.

@@ -15,7 +15,7 @@ from torch import Tensor
 from sslkit.api import DataInfo
 from sslkit.environment import cores, cores_here
 from sslkit.errors import UserError
-from sslkit.looking import Unclassed
+from sslkit.looking import Unclassed, other_kinds, packed
 from sslkit_datasets.holding_out import facts
 from sslkit_datasets.images import (
     Finding,
@@ -201,7 +201,7 @@ def list_images(root: Path, info: DataInfo, *, classes: bool = True) -> Listing:
     """The images below `root`, whatever order the file system lists them in. Without `classes` they have none.
 
     Raises:
-        UserError: there are none, or images lie beside class folders.
+        UserError: there are none, images lie beside class folders, or a few pictures among arrays.
     """
     entries = _entries(root)
     folders = [entry.name for entry in entries if _is_folder(entry)]
@@ -209,7 +209,9 @@ def list_images(root: Path, info: DataInfo, *, classes: bool = True) -> Listing:
     walked = here
     if folders:
         walked = [*here, *(f"{name}/{below}" for name in folders for below in _walk(root / name, ()))]
-    suffixes = SUFFIXES if any(_is_image(name, SUFFIXES) for name in walked) else ARRAYS
+    kinds = [[name for name in walked if _is_image(name, ends)] for ends in (SUFFIXES, ARRAYS)]
+    displaced = other_kinds(shown(root), kinds)
+    suffixes = SUFFIXES if kinds[0] else ARRAYS
     if classes and folders and (loose := sorted(name for name in here if _is_image(name, suffixes))):
         number = f"{len(loose):,} images lie" if len(loose) > 1 else "1 image lies"
         what = f"{number} beside {len(folders):,} folder{'s' * (len(folders) > 1)}, as {loose[0]}"
@@ -219,10 +221,13 @@ def list_images(root: Path, info: DataInfo, *, classes: bool = True) -> Listing:
             root,
             what,
         )
-    names = sorted(name for name in walked if _is_image(name, suffixes))
+    names = sorted(kinds[0] or kinds[1])
     if not names:
-        raise UserError(f"{shown(root)} holds no images (files that end in {', '.join(SUFFIXES + ARRAYS)})")
-    others = sorted(name for name in walked if not _is_image(name, suffixes))
+        ends = ", ".join(SUFFIXES + ARRAYS)
+        raise UserError(f"{shown(root)} holds no images (files that end in {ends}){packed(walked)}")
+    if displaced:
+        info.say(displaced)
+    others = sorted(name for name in walked if not _is_image(name, SUFFIXES + ARRAYS))
     if others:
         info.say(f"{shown(root)}: passed over {_some(others, 'file')} with other suffixes than {', '.join(suffixes)}")
     if not folders or not classes:

@@ -145,9 +145,9 @@ def _refuse_other_bands(kinds: Mapping[Path, Kind], root: Path) -> None:
     found = sorted(having.items(), key=lambda bands: -len(bands[1]))
     words = "; ".join(f"{len(paths):,} of {_bands(n)}, as {_below(root, paths[0])}" for n, paths in found[:4])
     raise UserError(
-        f"{shown(root)}: the images differ in their bands ({words}), and a network takes one number of them: leave those "
-        f"of {_bands(found[0][0])} here, and move the others away; or write a recipe by hand, with bands that all have "
-        "(data_source.bands)"
+        f"{shown(root)}: the images differ in their bands ({words}), and a network takes one number of them: leave "
+        f"those of {_bands(found[0][0])} here, and move the others away; or write a recipe by hand, with bands that "
+        "all have (data_source.bands)"
     )
 
 
