@@ -23,9 +23,10 @@ from sslkit import suggesting
 from sslkit.errors import UserError
 from sslkit.looking import Look
 from sslkit.recipe import parse_recipe
-from sslkit.suggesting.choices import Found, Machine, Wanted, choose, described
+from sslkit.suggesting.choices import Found, Machine, Wanted, choose
 from sslkit.suggesting.lines import Choices, power_of_two
 from sslkit.suggesting.methods import method_named, methods
+from sslkit.suggesting.described import described
 from sslkit.suggesting.writing import written
 
 CPU = Machine("cpu", 2, 16 * 10**9, fast_bf16=True)
@@ -220,6 +221,65 @@ def test_tau_and_optimizer_follow_the_length() -> None:
     assert (short.value("optimizer.use"), long.value("optimizer.use")) == ("adamw", "lars")
 
 
+def why(made: Choices, key: str) -> str:
+    (line,) = [line for line in made.lines if line.key == key]
+    return line.why
+
+
+def test_the_reasons_have_the_runs_own_figures() -> None:
+    short, long = chosen(look(300, 32, 32), seconds=0.1), chosen(look(90_000, 32, 32), GPU, seconds=0.0005)
+    steps = short.epochs * (270 // 32)
+    tau = (
+        f"at first the mean of some 10 steps; byol_cifar10's 0.99, of some 100, is for longer runs than {steps:,} steps"
+    )
+    assert why(short, "target_updater.tau") == tau
+    assert "0.99, of some 100, is for shorter runs than" in why(chosen(look(900_000, 32, 32), GPU, seconds=1e-5),
+                                                                "target_updater.tau")  # fmt: skip
+    assert why(short, "data_source.use") == "300 image files, of which a tenth is held out"
+    assert why(chosen(look(300, classes=None)), "data_source.use") == "300 image files to train on"
+    with_test = chosen(look(300, test_files=60, test_classes={"a": 30, "b": 30}))
+    assert why(with_test, "data_source.use") == "300 image files to train on, 60 to test on"
+    assert (
+        why(short, "train.precision")
+        == "faster on a CPU that multiplies in it, as this one; loss and weights in float32"
+    )
+    assert why(long, "train.precision") == "of networks; loss and weights in float32"
+    assert why(chosen(look(300)), "view_generator.blur") == "BYOL, appendix B"
+    assert why(chosen(look(300), method="simclr"), "view_generator.blur") == "SimCLR, appendix A"
+    middle = "px; the shorter sides of the images are 300 px in the median"
+    assert why(chosen(look(300)), "view_generator.size") == f"{middle}; 224 is for a GPU"
+    assert why(chosen(look(300), GPU), "view_generator.size") == middle
+    assert why(chosen(look(300), GPU, frugal=True), "view_generator.size") == f"{middle}; 224 with more hours"
+    assert why(chosen(look(300, 90, 90)), "view_generator.size").endswith("are 90 px in the median")
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 13, 20, 21, 32, 39, 40, 41, 399])
+def test_knn_is_measured_as_often_as_is_said(epochs: int) -> None:
+    made = chosen(look(300, 32, 32), seconds=0.9 * 3600 / (256 * (epochs + 0.5)))
+    assert made.epochs == epochs
+    every = made.value("observers.0.every_epochs")
+    times = sum(epoch % every == 0 or epoch == epochs for epoch in range(1, epochs + 1))
+    assert times <= 20
+    assert why(made, "observers.0.every_epochs") == f"{times} time{'s' * (times > 1)} in the run, and before it"
+
+
+@pytest.mark.parametrize("seconds", [1e-4, 0.003, 0.02, 0.3])
+def test_a_run_that_dies_loses_a_tenth_of_itself_or_five_minutes(seconds: float) -> None:
+    made = chosen(look(300, 32, 32), seconds=seconds)
+    steps, every = made.epochs * (270 // 32), made.value("train.checkpoint_every")
+    if steps * 32 * seconds < 60:
+        assert every == steps
+    else:
+        assert 10 * every <= steps
+        assert every * 32 * seconds <= 330
+        assert ("min" in why(made, "train.checkpoint_every")) == (every * 32 * seconds >= 90)
+
+
+def test_few_images_are_told_of_weights_that_others_trained() -> None:
+    assert any("init_from" in note for note in chosen(look(2999)).notes)
+    assert not any("init_from" in note for note in chosen(look(3000)).notes)
+
+
 def test_queues_fit_the_images() -> None:
     assert chosen(look(1000), method="mocov2").value("loss.queue") <= 450
     assert chosen(look(60_000, 32, 32), GPU, method="mocov2").value("loss.queue") <= 27_000
@@ -298,7 +358,8 @@ def test_a_folder_becomes_a_recipe_that_check_has_nothing_to_say_of(tmp_path: Pa
     pictures(tmp_path / "my photos" / "dog", 30)
     told = run("init", "my photos", "--device", "cpu")
     assert told.exit_code == 0, told.output
-    assert "70 to train on" in told.output
+    assert "70, of which a tenth is held out" in told.output
+    assert "note: 70 images are few: weights that others trained are a better" in told.output.replace("\n", " ")
     assert "sslkit train ./my-photos.toml" in told.output
     assert "ERROR" not in told.output
     assert "warning" not in told.output
@@ -395,6 +456,9 @@ def test_json_has_look_choices_and_reasons(tmp_path: Path) -> None:
     assert found["look"]["files"] == 40
     assert found["recipe"] == "p.toml"
     assert all(line["why"] for line in found["choices"])
+    assert found["look"]["heights"] == [40] * 40
+    assert '\n  "heights": [40, 40, ' in told.stdout
+    assert len(told.stdout.splitlines()) < 120, "a line for each fact, not for each image"
 
 
 def test_mistakes_are_said_in_a_line(tmp_path: Path) -> None:

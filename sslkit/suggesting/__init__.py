@@ -24,10 +24,11 @@ from sslkit.preparation import prepare
 from sslkit.progress import PatientConsole, say
 from sslkit.recipe import read_recipe
 from sslkit.rules import Course, Finding
-from sslkit.suggesting.choices import ENOUGH_EPOCHS, Found, Machine, Wanted, choose, described
+from sslkit.suggesting.choices import ENOUGH_EPOCHS, Found, Machine, Wanted, choose
 from sslkit.suggesting.lines import Choices, power_of_two
 from sslkit.suggesting.machine import machine_of, speed
 from sslkit.suggesting.methods import Method, method_named
+from sslkit.suggesting.described import described
 from sslkit.suggesting.writing import written
 
 LOOKED_AT = 20_000
@@ -112,12 +113,26 @@ def _tell(
             "recipe": str(path), "look": asdict(seen), "machine": asdict(machine), "choices": chosen,
             "notes": made.notes, "findings": [asdict(finding) for finding in findings],
         }  # fmt: skip
-        telling.tell(json.dumps(told, indent=1, default=str))
+        telling.tell(_outlined(told))
         return
     given = path if re.search(r"[/\\]", str(path)) else f"./{path}"
     say(console, f"wrote {path}, in which each line says why. Look at its views, then train:")
     say(console, f"  sslkit views {given} -o {made.value('name')}.png")
     say(console, f"  sslkit train {given}")
+
+
+def _outlined(value: Any, levels: int = 2) -> str:
+    """JSON with a line for each entry of the outer levels, and what is inside these in one: sides of a thousand images
+    are no outline."""
+    if isinstance(value, dict) and value and levels:
+        lines = [f"{json.dumps(key)}: {_outlined(inner, levels - 1)}" for key, inner in value.items()]
+    elif isinstance(value, list) and any(isinstance(inner, dict) for inner in value) and levels:
+        lines = [_outlined(inner, 0) for inner in value]
+    else:
+        return json.dumps(value, default=str)
+    start, end = "{}" if isinstance(value, dict) else "[]"
+    indent = " " * (3 - levels)
+    return start + ",".join(f"\n{indent}{line}" for line in lines) + f"\n{indent[1:]}{end}"
 
 
 def _check_text(folder: Path) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
 from sslkit.looking import Look
 from sslkit.suggesting.lines import Choices, power_of_two
 from sslkit.suggesting.methods import Method
-from sslkit.suggesting.usable import broken_shares, holdable
+from sslkit.suggesting.usable import broken_shares, holdable, short_sides, what_for
 
 SIZES = ((48, 32), (80, 64), (160, 96))
 """Up to which median side, in pixels, views are how large; above, what the machine can bear."""
@@ -36,8 +36,14 @@ KEPT = 0.25
 OBLONG = 1.2
 """Longer side by shorter, of which the central square is no longer the picture."""
 HELD_OUT = 0.1
+MEASURED = 20
+"""Times that kNN is measured in a run, at most."""
 VOTERS, BANK = 200, 3_000
 """Defaults of the observer knn."""
+SHORT, CHECKPOINTS = 60, 300
+"""Seconds that a run may lose, and from one checkpoint to the next in a long one."""
+FEW = 3_000
+"""Images below which weights that others trained matter more than anything that is chosen here."""
 SECONDS_TO_CHECK = 600
 """What decoding every file before training may take."""
 
@@ -105,23 +111,24 @@ def choose(
         made.affordable = wanted.hours * 3600 * (1 - MEASURING) / (seconds * batch * steps_an_epoch)
         made.epochs = max(1, min(MOST_EPOCHS, math.floor(made.affordable)))
     steps = made.epochs * steps_an_epoch
-    _views(made, look, wanted, method, size)
+    _views(made, look, machine, wanted, method, size)
     _encoder(made, look, machine, method, size, stem, deep)
     method.parts(made, steps, steps_an_epoch, train, batch, machine.device)
     _train(made, machine, wanted, method, batch, train, steps_an_epoch, found, size, stem)
     _observers(made, look, train, per_class)
+    if look.files < FEW:
+        made.notes.append(
+            f"{look.files:,} images are few: weights that others trained are a better beginning (init_from takes "
+            "timm's and files, docs/how-to/start-from-a-run.md)"
+        )
     return made
 
 
 # ---------------------------------------------------------------- size, network
 
 
-def _short(look: Look) -> list[int]:
-    return [min(sides) for sides in zip(look.heights, look.widths, strict=True)]
-
-
 def _size(look: Look, machine: Machine, frugal: bool) -> int:
-    middle = median(_short(look))
+    middle = median(short_sides(look))
     fitting = next((size for below, size in SIZES if middle < below), None)
     return fitting or (FRUGAL if frugal else LARGE)[machine.device]
 
@@ -142,7 +149,7 @@ def _data(
     """Choose how images are read; how many are trained on, and how many the smallest class has of them."""
     broken, broken_tests = broken_shares(look)
     train = max(1, math.floor(look.files * (1 - broken)))
-    made.add("data_source.use", "folder", f"{look.files:,} image files to train on{_and_test(look)}")
+    made.add("data_source.use", "folder", f"{look.files:,} image files{what_for(look)}")
     made.add("data_source.root", wanted.root, "elsewhere: --set data_source.root=FOLDER")
     _stored(made, look, machine, size, found)
     per_class = _labels(made, look, wanted)
@@ -171,14 +178,10 @@ def _data(
     return train, per_class
 
 
-def _and_test(look: Look) -> str:
-    return f", {look.test_files:,} to test on" if look.test_files else ""
-
-
 def _stored(made: Choices, look: Look, machine: Machine, size: int, found: Found | None) -> None:
     """Whether images are kept as squares in memory, or views are cut from the files."""
     oblong = _percentile([max(pair) / max(1, min(pair)) for pair in zip(look.heights, look.widths, strict=True)], 0.95)
-    middle = round(median(_short(look)))
+    middle = round(median(short_sides(look)))
     kept = max(size, min(middle, 2 * size))
     bytes_kept = (look.files + look.test_files) * kept * kept * look.channels
     fits = bytes_kept <= KEPT * machine.memory
@@ -235,9 +238,11 @@ def _percentile(values: Sequence[float], share: float) -> float:
 # ---------------------------------------------------------------- views and encoder
 
 
-def _views(made: Choices, look: Look, wanted: Wanted, method: Method, size: int) -> None:
-    middle = round(median(_short(look)))
+def _views(made: Choices, look: Look, machine: Machine, wanted: Wanted, method: Method, size: int) -> None:
+    middle = round(median(short_sides(look)))
     by = "asked for" if wanted.size else f"the shorter sides of the images are {middle} px in the median"
+    if not wanted.size and size < LARGE["cuda"] and middle >= SIZES[-1][0]:
+        by += f"; {LARGE['cuda']} " + ("with more hours" if machine.device == "cuda" else "is for a GPU")
     for line in method.views(size, by, blurred=size >= BLURRED):
         made.add(f"view_generator.{line.key}", line.value, line.why)
     if look.channels != 3:
@@ -300,15 +305,25 @@ def _train(
     )  # fmt: skip
     made.add("train.batch_size", batch, fits)
     if machine.fast_bf16 and (machine.device == "cuda" or _smallest(made, size) > SINGLE_PIXEL):
-        made.add("train.precision", "bf16", "networks in bfloat16, loss and weights in float32")
+        faster = "faster on a CPU that multiplies in it, as this one" if machine.device == "cpu" else "of networks"
+        made.add("train.precision", "bf16", f"{faster}; loss and weights in float32")
     method.train(made, batch)
     seconds = found.seconds_per_image * batch if found else 1.0
     made.add("train.log_every", max(1, min(50, steps // 100)), "a hundred records or more")
-    every = min(max(1, _round(300 / seconds)), max(1, steps))
-    made.add("train.checkpoint_every", every, "steps: every five minutes or so")
+    made.add("train.checkpoint_every", *_checkpoints(steps, seconds))
     accepted = list(_accepted(made, method, batch, size, stem, train))
     if accepted:
         made.add("train.accept", [name for name, _ in accepted], "; ".join(why for _, why in accepted))
+
+
+def _checkpoints(steps: int, seconds: float) -> tuple[int, str]:
+    """Steps from one checkpoint to the next, so that a run that dies loses a tenth of itself at most."""
+    if steps * seconds < SHORT:
+        return steps, "at the end: the run is short"
+    every = max(1, min(_round(CHECKPOINTS / seconds), steps // 10))
+    apart = every * seconds
+    each = f"{apart / 60:.0f} min" if apart >= 90 else f"{apart:.0f} s"
+    return every, f"steps: every {each} or so, and at the end"
 
 
 def _smallest(made: Choices, size: int) -> int:
@@ -347,37 +362,10 @@ def _observers(made: Choices, look: Look, train: int, per_class: int | None) -> 
         made.add("observers.1.use", "probe", "a linear classifier beside the run")
         made.add("observers.1.enabled", False, without)
         return
-    made.add("observers.0.every_epochs", max(1, made.epochs // 20), "twenty times in the run or so")
+    every = math.ceil(made.epochs / MEASURED)
+    times = math.ceil(made.epochs / every)
+    made.add("observers.0.every_epochs", every, f"{times} time{'s' * (times > 1)} in the run, and before it")
     in_bank = per_class * min(1.0, BANK / max(1, train))
     k = max(1, min(VOTERS, math.floor(in_bank / 2)))
     why = "as in the literature" if k == VOTERS else f"half of what the smallest class has in the bank ({in_bank:.0f})"
     made.add("observers.0.k", k, f"neighbours that vote: {why}")
-
-
-def described(look: Look) -> Mapping[str, str]:
-    """What was found, for a table."""
-    short = sorted(_short(look))
-    found = {"images": f"{look.files:,} to train on{_and_test(look)}, {look.bytes / 1e6:,.3g} MB"}
-    if look.looked_at < look.files + look.test_files:
-        found["looked at"] = f"{look.looked_at:,} of them, evenly chosen"
-    if short:
-        found["shorter sides"] = f"{short[0]} to {short[-1]} px, {round(median(short))} in the median"
-    found["kinds"] = ", ".join(f"{n:,} {mode}" for mode, n in sorted(look.modes.items(), key=lambda kind: -kind[1]))
-    for name, classes in (("classes", look.classes), ("of the test", look.test_classes)):
-        if classes:
-            sizes = sorted(classes.values())
-            found[name] = f"{len(classes)}, of {sizes[0]} to {sizes[-1]} images, {round(median(sizes))} in the median"
-    if not look.classes:
-        found["classes"] = "none: quality cannot be measured, health can"
-    if look.duplicates:
-        found["equal files"] = f"{len(look.duplicates)} groups, as {_group(look.duplicates[0])}; all are kept"
-    if look.in_both:
-        found["in both sets"] = f"{len(look.in_both)} groups, as {_group(look.in_both[0])}: kNN would find them"
-    if look.unreadable:
-        first = look.unreadable[0]
-        found["unreadable"] = f"{len(look.unreadable)}, as {first['path']} ({first['problem']})"
-    return found
-
-
-def _group(paths: Sequence[str]) -> str:
-    return " = ".join(paths[:2])

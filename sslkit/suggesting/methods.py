@@ -76,7 +76,8 @@ class Method:
                     now: Any = ([0.5, 0.5] if symmetric else [1.0, 0.1]) if blurred else [0.0, 0.0]
                 else:
                     now = 0.5 if blurred else 0.0
-                yield Choice(key, now, "as in its paper" if blurred else f"at {size} px it leaves little to see")
+                source = "SimCLR, appendix A" if symmetric else "BYOL, appendix B"
+                yield Choice(key, now, source if blurred else f"at {size} px it leaves little to see")
             elif key == "views":
                 yield Choice(key, [self._group(group, size, large=blurred) for group in value], f"px; {why}")
             else:
@@ -102,7 +103,7 @@ class Method:
             if part == "loss":
                 self._fit_loss(table, changed, images, batch)
             elif part == "target_updater":
-                _fit_tau(table, changed, steps)
+                self._fit_tau(table, changed, steps)
             elif part == "optimizer" and self.name == "byol" and (device == "cpu" or steps < LONG):
                 table = {
                     "use": "adamw",
@@ -128,6 +129,17 @@ class Method:
             table["queue"] = max(batch, images // 2 // (2 * batch) * 2 * batch)
             changed["queue"] = f"{self.recipe} has {queue}; half of the images, so that few meet themselves"
 
+    def _fit_tau(self, table: dict[str, Any], changed: dict[str, str], steps: int) -> None:
+        tau = table.get("tau")
+        fitting = tau_for(steps)
+        if isinstance(tau, dict) and isinstance(tau.get("start"), float) and fitting != tau["start"]:
+            changed["tau"] = (
+                f"at first the mean of some {1 / (1 - fitting):.0f} steps; {self.recipe}'s {tau['start']:g}, of some "
+                f"{1 / (1 - tau['start']):.0f}, is for {'longer' if fitting < tau['start'] else 'shorter'} runs than "
+                f"{steps:,} steps"
+            )
+            table["tau"] = {**tau, "start": fitting}
+
     def train(self, made: Choices, batch: int) -> None:
         """Add how the donor trains, apart from lengths; where it splits the batch, into groups of 32 images or more."""
         for key in ("forward", "batch_norm", "clip_grad_norm"):
@@ -143,14 +155,6 @@ class Method:
 def tau_for(steps: int) -> float:
     """Where the tau of a run of this many steps starts."""
     return next((tau for below, tau in TAUS if steps < below), 0.996)
-
-
-def _fit_tau(table: dict[str, Any], changed: dict[str, str], steps: int) -> None:
-    tau = table.get("tau")
-    fitting = tau_for(steps)
-    if isinstance(tau, dict) and isinstance(tau.get("start"), float) and fitting != tau["start"]:
-        changed["tau"] = f"from {fitting:g} for {steps:,} steps; {tau['start']:g} is for more or fewer"
-        table["tau"] = {**tau, "start": fitting}
 
 
 def _adam_rate(batch: int) -> float:

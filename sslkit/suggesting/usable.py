@@ -24,6 +24,23 @@ def holdable(look: Look) -> bool:
     return any(count - lost[name] > 1 for name, count in (look.classes or {}).items())
 
 
+def holds_out(look: Look) -> bool:
+    """Whether a share of the images is to be measured on, since none were put aside for that."""
+    return len(look.classes or {}) > 1 and not look.test_files and holdable(look)
+
+
+def short_sides(look: Look) -> list[int]:
+    """Of each image that was looked at, in pixels."""
+    return [min(sides) for sides in zip(look.heights, look.widths, strict=True)]
+
+
+def what_for(look: Look) -> str:
+    """To go on with after the number of images."""
+    if holds_out(look):
+        return ", of which a tenth is held out"
+    return " to train on" + (f", {look.test_files:,} to test on" if look.test_files else "")
+
+
 def _class_of(path: str) -> str:
     """The folder of a training image; a folder called train is the set itself, wherever there is one."""
     first, _, rest = path.partition("/")
