@@ -154,7 +154,7 @@ def _by_their_own(facts: Facts, seen: str) -> Seen | None:
     return Seen(
         f"{seen}, though the training images' own figures were taken",
         cause="a band that has nearly one value in all images, as one has that lies outside data_source.value_range",
-        fix=("give a data_source.value_range that holds the values of every band" if ranged else
+        fix=("take a range that holds the values of every band (data_source.value_range)" if ranged else
              "look at each band's values") + ", or leave bands that hold nothing out (data_source.bands)",
         key="data_source.value_range" if ranged else "data_source",
     )  # fmt: skip
