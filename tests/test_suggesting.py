@@ -24,9 +24,9 @@ from sslkit.errors import UserError
 from sslkit.looking import Look
 from sslkit.recipe import parse_recipe
 from sslkit.suggesting.choices import Found, Machine, Wanted, choose
+from sslkit.suggesting.described import described
 from sslkit.suggesting.lines import Choices, power_of_two
 from sslkit.suggesting.methods import method_named, methods
-from sslkit.suggesting.described import described
 from sslkit.suggesting.writing import written
 
 CPU = Machine("cpu", 2, 16 * 10**9, fast_bf16=True)

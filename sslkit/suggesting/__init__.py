@@ -25,10 +25,10 @@ from sslkit.progress import PatientConsole, say
 from sslkit.recipe import read_recipe
 from sslkit.rules import Course, Finding
 from sslkit.suggesting.choices import ENOUGH_EPOCHS, Found, Machine, Wanted, choose
+from sslkit.suggesting.described import described
 from sslkit.suggesting.lines import Choices, power_of_two
 from sslkit.suggesting.machine import machine_of, speed
 from sslkit.suggesting.methods import Method, method_named
-from sslkit.suggesting.described import described
 from sslkit.suggesting.writing import written
 
 LOOKED_AT = 20_000
