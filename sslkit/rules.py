@@ -220,9 +220,25 @@ class Facts(_Known):
     """Whether bias or normalisation parameters take part in weight decay or in LARS's adaptation."""
 
     @property
+    def begins_learnt(self) -> bool:
+        """Whether the network of step 0 has learnt something: another run's weights, a file's, or pretrained ones."""
+        return first_network({"initialised": self.initialised, "recipe": self.recipe}) != RANDOM
+
+    @property
     def first_network(self) -> str:
-        """What is measured at step 0: a floor that says what knowing nothing gives, or what another run had learnt."""
-        return "initialised network" if self.initialised else "random network"
+        """What is measured at step 0."""
+        return first_network({"initialised": self.initialised, "recipe": self.recipe})
+
+
+RANDOM = "random network"
+
+
+def first_network(facts: Mapping[str, Any]) -> str:
+    """What is measured at step 0, by `facts.json`: a floor, which knowing nothing gives, or what others have learnt."""
+    recipe = facts.get("recipe")
+    backbone = recipe.get("backbone") if isinstance(recipe, Mapping) else None
+    pretrained = isinstance(backbone, Mapping) and backbone.get("pretrained") is True
+    return "initialised network" if facts.get("initialised") or pretrained else RANDOM
 
 
 def is_number(value: Any) -> bool:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from sslkit import doctor
 from sslkit.progress import say
+from sslkit.rules import first_network
 from sslkit.run_directory import read_json, read_metrics
 from sslkit.trainer import Trainer
 
@@ -54,8 +55,8 @@ def summarise(run: Path, console: Console) -> None:
             f"k {last['knn_k']:.0f}, T {last['knn_temperature']:g}, bank {last['knn_bank']:.0f}, "
             f"{last['knn_queries']:.0f} queries"
         )
-        network = "initialised" if read_json(run / "facts.json").get("initialised") else "random"
-        what = f"{network} network (step 0)" if first["step"] == 0 else f"at step {first['step']}"
+        network = first_network(read_json(run / "facts.json"))
+        what = f"{network} (step 0)" if first["step"] == 0 else f"at step {first['step']}"
         console.print(
             f"kNN top-1 ({protocol}): {first['knn_top1']:.4f} {what} -> {last['knn_top1']:.4f} after {last['step']} "
             "steps",

@@ -189,6 +189,25 @@ def test_knn_not_improving() -> None:
     assert look(progress.knn_not_improving, early) is None
 
 
+@pytest.mark.parametrize(
+    ("changes", "begins_learnt"),
+    [
+        ({"initialised": "runs/x, step 840"}, True),
+        ({"recipe": {"backbone": {"use": "timm", "pretrained": True}}}, True),
+        ({"recipe": {"backbone": {"use": "timm", "pretrained": False}}}, False),
+        ({"recipe": {"backbone": {"use": "mine", "pretrained": "a name"}}}, False),
+        ({"recipe": None}, False),
+    ],
+)
+def test_what_others_have_learnt_is_no_floor(changes: dict[str, Any], begins_learnt: bool) -> None:
+    facts = FACTS.model_copy(update=changes)
+    assert facts.begins_learnt is begins_learnt
+    assert facts.first_network == ("initialised network" if begins_learnt else "random network")
+    records = byol(late("knn_top1", lambda *_: 0.12, 1)).records
+    found = look(progress.knn_not_improving, Course(facts, {}, records))
+    assert (found is None) is begins_learnt
+
+
 def test_knn_not_improving_is_an_error_late_and_without_a_probe_that_learns() -> None:
     def both(line: dict[str, Any]) -> dict[str, Any]:
         return {key: 0.12 for key in ("knn_top1", "probe_top1") if key in line and line["step"]}

@@ -133,7 +133,7 @@ def quality(course: Course, key: str | None = None) -> Quality | None:
         if points.values:
             images = course.last("knn_queries") or 1000.0
             noise = max(0.01, 2 * math.sqrt(0.25 * 0.75 / max(images, 1.0)))
-            random = points.steps[0] == 0 and not course.facts.initialised
+            random = points.steps[0] == 0 and not course.facts.begins_learnt
             floor = points.values[0] if name == "knn_top1" and random else None
             return Quality(name, points.steps, points.values, noise, floor)
     return None

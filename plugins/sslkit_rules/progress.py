@@ -22,7 +22,7 @@ AT_THE_END = 0.95
 
 
 def _no_better(course: Course) -> Seen | None:
-    if course.facts.initialised:
+    if course.facts.begins_learnt:
         return None  # the first figure is another run's, and to keep it may be all that is wanted
     knn = quality(course, "knn_top1")
     if knn is None or knn.floor is None:

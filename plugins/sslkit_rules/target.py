@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import pairwise
 
 from sslkit.rules import Course, Facts, Rule, Seen
-from sslkit_rules.options import listed, option
+from sslkit_rules.options import listed
 
 NOISE = 1e-9
 """Differences of tau below this are rounding."""
@@ -238,7 +238,7 @@ def _slow(facts: Facts) -> str | None:
     if tau.start <= 0 or tau.middle > 1 or tau.least == 1:
         return None
     # A target that began with what another network has learnt, or as a copy of such a one, may well keep it.
-    if facts.initialised or option(facts, "backbone.pretrained"):
+    if facts.begins_learnt:
         return None
     # What is left of the random start is the product of all tau. As tau never falls, it is at least this much.
     left = tau.start ** (tau.steps / 2) * tau.middle ** (tau.steps / 2)

@@ -20,6 +20,7 @@ from sslkit.recorded import ABSENT, Run, read_run
 from sslkit.report import curves
 from sslkit.report.evaluated import evaluated
 from sslkit.report.features import features, missing, views
+from sslkit.rules import first_network
 from sslkit.run_directory import died, read_json, refuse_strays
 from sslkit.telling import tell
 
@@ -288,8 +289,7 @@ def _knn(title: str, points: Points, run: Run) -> Figure:
     k, temperature, bank, queries = _newest(run, "knn_k", "knn_temperature", "knn_bank", "knn_queries")
     known = k is not None and temperature is not None and bank is not None
     protocol = f"k {k:g}, T {temperature:g}, bank {bank:,.0f}" if known else ""
-    first = "initialised network" if run.recipe is not None and run.recipe.init_from else "random network"
-    return _accuracy(title, points, queries, protocol, first)
+    return _accuracy(title, points, queries, protocol, first_network(read_json(run.place / "facts.json")))
 
 
 def _probe(title: str, points: Points, run: Run) -> Figure:
