@@ -307,6 +307,10 @@ def test_python_says_what_is_wrong_too(run: Path) -> None:
     for wrong, said in (
         ({"protocols": ["linaer"]}, "there is no 'linaer'; did you mean 'linear'"),
         ({"protocols": []}, "none is named"),
+        ({"protocols": "linaer"}, "there is no 'linaer'; did you mean 'linear'"),
+        ({"protocols": [["knn"]], "k": 3}, r"there is no \['knn'\]; did you mean 'knn'"),
+        ({"protocols": "finetune", "labels": 200}, "labels: should be percentages above 0 and up to 100, not .200."),
+        ({"protocols": "knn", "overrides": "seed=3"}, "seed: cannot be set here"),
         ({"protocols": ["linaer"], "k": 3}, "there is no 'linaer'; did you mean 'linear'"),
         ({"protocols": ["linear"], "patches": 3}, "patches: is an option of patches, and would be ignored by linear"),
         ({"k": 0}, "k: should be a whole number of 1 or more"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from sslkit.errors import UserError
 from sslkit.evaluation import told
-from sslkit.evaluation.protocols import OF, ONCE, WORDS, Wanted, given, percentages
+from sslkit.evaluation.protocols import OF, ONCE, WORDS, Wanted, given, percentages, several
 from sslkit.evaluation.told import Evaluation
 from sslkit.evaluation_file import FILE
 from sslkit.telling import tell
@@ -25,7 +25,7 @@ __all__ = ["Evaluation", "command", "evaluate"]
 
 def evaluate(
     run_dir: str | PathLike[str],
-    protocols: Sequence[str] = ("knn", "linear"),
+    protocols: Sequence[str] | str = ("knn", "linear"),
     *,
     branch: Branch = "evaluated",
     checkpoint: Literal["last", "best"] | int = "last",
@@ -34,13 +34,13 @@ def evaluate(
     bank: int | None = None,
     queries: int = 0,
     layer: Literal["backbone", "projection"] = "backbone",
-    labels: Sequence[float] | None = None,
+    labels: Sequence[float] | float | None = None,
     epochs: int | None = None,
     patches: int | None = None,
     seeds: int | None = None,
     floor: bool = True,
     cache: bool = True,
-    overrides: Sequence[str] = (),
+    overrides: Sequence[str] | str = (),
     device: Literal["auto", "cpu", "cuda"] = "auto",
     allow_local_code: bool = False,
     say: Callable[[str], None] = lambda text: None,
@@ -78,11 +78,11 @@ def evaluate(
             none of the protocols has it.
         RunFailed: a checkpoint is damaged, or the features are not finite.
     """
-    own = given(tuple(protocols), k=k, temperature=temperature, bank=bank, epochs=epochs, patches=patches, seeds=seeds,
-                labels=None if labels is None else tuple(labels))  # fmt: skip
-    wanted = Wanted(
-        tuple(protocols), queries=queries, layer=layer, floor=floor, cache=cache, overrides=tuple(overrides), **own
-    )
+    named, set_to = several(protocols), several(overrides)
+    shares = None if labels is None else several(labels)
+    own = given(named, k=k, temperature=temperature, bank=bank, epochs=epochs, patches=patches, seeds=seeds,
+                labels=shares)  # fmt: skip
+    wanted = Wanted(named, queries=queries, layer=layer, floor=floor, cache=cache, overrides=set_to, **own)
     if device not in ("auto", "cpu", "cuda"):
         raise UserError(f"device: should be 'auto', 'cpu' or 'cuda', not {device!r}")
     from sslkit.opened_run import open_run

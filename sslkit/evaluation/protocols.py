@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -119,6 +119,11 @@ class Wanted:
         return self.epochs or by_labels[next(share for share in sorted(by_labels) if share >= labels)]
 
 
+def several(value: Any) -> tuple[Any, ...]:
+    """What was given as one or as several."""
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+
+
 def given(protocols: Sequence[str], **options: Any) -> dict[str, Any]:
     """Those of the options in `OF` that are not None; for the others `Wanted` has a default.
 
@@ -126,7 +131,7 @@ def given(protocols: Sequence[str], **options: Any) -> dict[str, Any]:
         UserError: one is given that none of the protocols has, and would be ignored.
     """
     found = {name: value for name, value in options.items() if value is not None}
-    if all(name in WORDS for name in protocols):  # of any other `Wanted` tells
+    if all(name in NAMES for name in protocols):  # of any other `Wanted` tells
         for name in found:
             if protocols and not set(OF[name]).intersection(protocols):
                 raise UserError(f"{name}: is an option of {' and '.join(OF[name])}, and would be ignored by "
