@@ -87,9 +87,8 @@ def test_a_run_begins_and_goes_on(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [("--help",), ("list-plugins",), ("recipes",), ("check", "quickstart")])
-@pytest.mark.parametrize("kind", ["win32", "darwin"])
-def test_commands_answer(kind: str, arguments: tuple[str, ...], tmp_path: Path) -> None:
-    assert as_if(kind, COMMAND, *arguments, cwd=tmp_path)
+def test_commands_answer(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    assert as_if("win32", COMMAND, *arguments, cwd=tmp_path)
 
 
 @pytest.mark.slow

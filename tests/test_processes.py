@@ -209,14 +209,12 @@ def test_one_that_is_killed_before_the_first_step_is_started_again_in_the_new_ru
     monkeypatch.chdir(tmp_path)
     assert sslkit("train", recipe, "--steps", 3).returncode == 0
     dies = f"loss.use={tmp_path}/trouble.py:Dies"
-    for _ in range(2):  # a process that is started again must not meet what the dead one left
-        command = ["train", recipe, "--resume", "never", "--nproc", 2, "--steps", 4, "--allow-local-code"]
-        done = sslkit(*command, "--set", dies)
-        assert done.returncode == 0, done.stderr
-        assert "refused" not in done.stderr
+    command = ["train", recipe, "--resume", "never", "--nproc", 2, "--steps", 4, "--allow-local-code"]
+    done = sslkit(*command, "--set", dies)  # a process that is started again must not meet what the dead one left
+    assert done.returncode == 0, done.stderr
+    assert "refused" not in done.stderr
     assert read_json(tmp_path / "runs" / "tiny" / "status.json")["step"] == 3
-    for number in (2, 3):
-        assert read_json(tmp_path / "runs" / f"tiny-{number}" / "status.json")["step"] == 4
+    assert read_json(tmp_path / "runs" / "tiny-2" / "status.json")["step"] == 4
 
 
 @pytest.mark.slow
