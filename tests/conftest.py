@@ -91,6 +91,21 @@ def run(*arguments: str) -> Result:
     return result
 
 
+SMALL_BACKBONE = """
+from sslkit.api import Backbone
+
+class Small(Backbone):
+    \"\"\"A small network.\"\"\"
+
+    def build(self, run):
+        from torch import nn
+
+        network = nn.Sequential(nn.Conv2d(run.channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        network.feature_dim = 4
+        return network
+"""
+"""`small.py`, a component in a file beside a recipe."""
+
 OFFLINE = ["--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check"]
 """What makes `pip install` and `pip wheel` do without a network, in an environment that has setuptools."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import SMALL_BACKBONE
 from test_python_api import mine
 
 import sslkit
@@ -234,23 +235,8 @@ def test_weights_that_do_not_fit_name_the_versions(copied: Path) -> None:
     refused(copied, expected, sslkit.RunFailed)
 
 
-LOCAL = """
-from sslkit.api import Backbone
-
-class Small(Backbone):
-    \"\"\"A small network.\"\"\"
-
-    def build(self, run):
-        from torch import nn
-
-        network = nn.Sequential(nn.Conv2d(run.channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        network.feature_dim = 4
-        return network
-"""
-
-
 def test_code_of_a_local_file_runs_only_with_leave(tmp_path: Path, tiny: Path) -> None:
-    (tmp_path / "small.py").write_text(LOCAL)
+    (tmp_path / "small.py").write_text(SMALL_BACKBONE)
     table = tiny.read_text().partition("[backbone]")[2].partition("[projector]")[0]
     tiny.write_text(tiny.read_text().replace(table, '\nuse = "./small.py:Small"\n\n'))
     with pytest.raises(sslkit.UserError, match="add allow_local_code=True"):

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import run
+from conftest import SMALL_BACKBONE, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
@@ -94,23 +94,8 @@ def test_as_graphs_it_needs_no_sslkit(copied: Path) -> None:
     assert names(copied / "graphs") == ALL
 
 
-LOCAL = """
-from sslkit.api import Backbone
-
-class Small(Backbone):
-    \"\"\"A small network.\"\"\"
-
-    def build(self, run):
-        from torch import nn
-
-        network = nn.Sequential(nn.Conv2d(run.channels, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        network.feature_dim = 4
-        return network
-"""
-
-
 def test_a_network_of_a_file_goes_by_its_name_alone(tmp_path: Path, tiny: Path) -> None:
-    (tmp_path / "small.py").write_text(LOCAL)
+    (tmp_path / "small.py").write_text(SMALL_BACKBONE)
     table = tiny.read_text().partition("[backbone]")[2].partition("[projector]")[0]
     tiny.write_text(tiny.read_text().replace(table, '\nuse = "./small.py:Small"\n\n'))
     recipe = sslkit.load_recipe(tiny, allow_local_code=True)

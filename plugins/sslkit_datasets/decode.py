@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -53,14 +55,22 @@ def decode(data: bytes, channels: int, size: int | None, arrays: Arrays = PLAIN)
         return _fitted(to_pixels(data, channels, arrays), size)
     if channels not in (1, 3):
         raise BadImageError(f"has colours or grey values, and not {channels} channels")
+    with bad_images(), Image.open(io.BytesIO(data), formats=FORMATS) as opened:
+        if opened.width * opened.height > MAX_PIXELS:
+            raise BadImageError(f"has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS:,}")
+        opened.load()
+        image = _convert(_turn(opened), channels, arrays)
+        if size is not None:
+            image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+    pixels = np.array(image, dtype=np.uint8)
+    return pixels.reshape(image.height, image.width, channels).transpose(2, 0, 1)
+
+
+@contextlib.contextmanager
+def bad_images() -> Iterator[None]:
+    """Whatever Pillow raises on a stranger's bytes as a BadImageError, but for a lack of memory."""
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as opened:
-            if opened.width * opened.height > MAX_PIXELS:
-                raise BadImageError(f"has {opened.width} x {opened.height} pixels, more than {MAX_PIXELS:,}")
-            opened.load()
-            image = _convert(_turn(opened), channels, arrays)
-            if size is not None:
-                image = ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
+        yield
     except (BadImageError, MemoryError):
         raise
     except UnidentifiedImageError:
@@ -70,8 +80,6 @@ def decode(data: bytes, channels: int, size: int | None, arrays: Arrays = PLAIN)
     except Exception as error:  # decoders raise anything at all on a stranger's bytes
         text = (str(error).strip() or type(error).__name__).partition("\n")[0]
         raise BadImageError(f"cannot be decoded: {text}") from error
-    pixels = np.array(image, dtype=np.uint8)
-    return pixels.reshape(image.height, image.width, channels).transpose(2, 0, 1)
 
 
 def _fitted(pixels: Pixels, size: int | None) -> Pixels:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import warnings
 from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from sslkit_datasets.bad import BadImageError
-from sslkit_datasets.decode import FORMATS, MAX_PIXELS, ORIENTATION, convertible
+from sslkit_datasets.decode import FORMATS, MAX_PIXELS, ORIENTATION, bad_images, convertible
 
 _TURNED = (5, 6, 7, 8)
 _LATE = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
@@ -22,26 +22,16 @@ def sides(file: BinaryIO) -> tuple[int, int]:
         BadImageError: the header is none, or `decode` would refuse what it says. What is damaged behind the header
             is not found.
     """
-    try:
-        with warnings.catch_warnings(), Image.open(file, formats=FORMATS) as image:
-            warnings.simplefilter("ignore")
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise BadImageError(f"has {width} x {height} pixels, more than {MAX_PIXELS:,}")
-            if not convertible(image):
-                raise BadImageError(f"has the colour mode {image.mode}, for which no conversion is defined")
-            if image.format == "PNG" and _late_text(file):
-                image.load()
-            turned = _orientation(image) in _TURNED
-    except (BadImageError, MemoryError):
-        raise
-    except UnidentifiedImageError:
-        raise BadImageError("is not a JPEG, PNG or WebP image") from None
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise BadImageError(f"has more than {MAX_PIXELS:,} pixels") from None
-    except Exception as error:  # decoders raise anything at all on a stranger's bytes
-        text = (str(error).strip() or type(error).__name__).partition("\n")[0]
-        raise BadImageError(f"cannot be decoded: {text}") from error
+    with bad_images(), warnings.catch_warnings(), Image.open(file, formats=FORMATS) as image:
+        warnings.simplefilter("ignore")
+        width, height = image.size
+        if width * height > MAX_PIXELS:
+            raise BadImageError(f"has {width} x {height} pixels, more than {MAX_PIXELS:,}")
+        if not convertible(image):
+            raise BadImageError(f"has the colour mode {image.mode}, for which no conversion is defined")
+        if image.format == "PNG" and _late_text(file):
+            image.load()
+        turned = _orientation(image) in _TURNED
     return (width, height) if turned else (height, width)
 
 
