@@ -222,7 +222,7 @@ class Facts(_Known):
     @property
     def begins_learnt(self) -> bool:
         """Whether the network of step 0 has learnt something: another run's weights, a file's, or pretrained ones."""
-        return first_network({"initialised": self.initialised, "recipe": self.recipe}) != RANDOM
+        return self.first_network != RANDOM
 
     @property
     def first_network(self) -> str:

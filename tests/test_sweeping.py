@@ -493,7 +493,7 @@ def test_one_finished_run_is_nothing_to_compare(recipe: Path, faked: Callable[[]
     told: list[str] = []
     jobs = [Job(f"all/seed-{n}", status.parent.parent / f"seed-{n}", (), How("", (), None, "cpu")) for n in (0, 1)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sslkit.sweeping.say", told.append)
+        patch.setattr("sslkit.sweeping.tell", told.append)
         summarise(Path("runs/tiny-sweep"), jobs)
     assert [line for line in told if "all" in line] == ["  all  0.5000 (n 1)"]
     assert not any("compare" in line for line in told)

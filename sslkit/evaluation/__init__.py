@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -106,17 +107,13 @@ def command(runs: Sequence[str], **how: Any) -> None:
     leave = local.is_allowed()
     opened = [open_run(run, how["branch"], how["checkpoint"], allow_local_code=leave) for run in runs]
     _same(opened, wanted)
-    found = [_evaluate(one, wanted, how["device"], _tell) for one in opened]
+    found = [_evaluate(one, wanted, how["device"], partial(tell, error=True)) for one in opened]
     if how["as_json"]:
         tell(json.dumps(_as_json(found), indent=1))
     elif how["markdown"]:
         tell(told.markdown(found))
     else:
         tell("\n".join(_told(found)))
-
-
-def _tell(text: str) -> None:
-    tell(text, error=True)
 
 
 def _told(found: Sequence[Evaluation]) -> Iterator[str]:

@@ -73,22 +73,17 @@ def command(
 
     _, runs = planned()  # what does not fit is refused before anything is written
     for line in plan.constants(recipe, overrides, combinations):
-        say(f"note: {line}")
+        tell(f"note: {line}")
     if dry_run:
         show(runs)
         return 0
     with held(place):
         note, runs = planned()  # another sweep may have been here since
         note.write()
-        work = Grid(runs, say)
+        work = Grid(runs, tell)
         received = pool.run(work, pool.places(min(jobs, len(runs)), device))
     summarise(place, runs)
     return ended(received, work.progress.failed)
-
-
-def say(line: str) -> None:
-    """A line of the command's, at once, also where it goes into a file; nobody need read it."""
-    tell(line)
 
 
 def folder_of(folder: str | None, recipe: Recipe) -> Path:
@@ -106,9 +101,9 @@ def show(runs: Sequence[Job]) -> None:
     """What would be trained, a line for each run."""
     for job in runs:
         state = "finished" if job.finished() else job.status.get("status", "new")
-        say(f"{job.directory}: {state}; {' '.join(f'--set {shlex.quote(text)}' for text in job.overrides)}")
+        tell(f"{job.directory}: {state}; {' '.join(f'--set {shlex.quote(text)}' for text in job.overrides)}")
     left = sum(not job.finished() for job in runs)
-    say(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {left} to train")
+    tell(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}, {left} to train")
 
 
 @contextmanager
@@ -143,11 +138,11 @@ def summarise(folder: Path, runs: Sequence[Job]) -> None:
         found.setdefault(job.directory.parent.name, []).extend(_accuracy(job))
     if any(found.values()):
         width = max(map(len, found))
-        say(f"kNN top-1, mean and standard deviation over seeds, below {folder}:")
+        tell(f"kNN top-1, mean and standard deviation over seeds, below {folder}:")
         for name, values in found.items():
-            say(f"  {name:{width}}  {spread(values)}")
+            tell(f"  {name:{width}}  {spread(values)}")
     if sum(job.finished() for job in runs) > 1:
-        say(f"compare them: sslkit compare --group {shlex.quote(str(folder))}")
+        tell(f"compare them: sslkit compare --group {shlex.quote(str(folder))}")
 
 
 def _accuracy(job: Job) -> list[float]:
@@ -162,6 +157,6 @@ def _accuracy(job: Job) -> list[float]:
 def ended(received: int | None, failed: int) -> int:
     """The exit code of a sweep, by the signal that ended it and the runs that failed."""
     if received is not None:
-        say(f"ended by {signal.Signals(received).name}; the same command goes on from here")
+        tell(f"ended by {signal.Signals(received).name}; the same command goes on from here")
         return 130 if received == signal.SIGINT else 0
     return int(failed > 0)

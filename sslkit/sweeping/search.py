@@ -22,6 +22,7 @@ from sslkit.sweeping import plan, pool, spaces
 from sslkit.sweeping.grid import Progress, Waiting
 from sslkit.sweeping.jobs import ASKED, INTERRUPTED, LOG, How, Job, Outcome, said
 from sslkit.sweeping.pool import Task
+from sslkit.telling import tell
 
 FIGURE = "sweep_figure.json"
 """Where a run's figure is left, in its directory."""
@@ -76,16 +77,16 @@ def command(
 
     note = planned()  # what does not fit is refused before anything is written
     for line in plan.constants(how.recipe, how.overrides, [example]):
-        sweeping.say(f"note: {line}")
+        tell(f"note: {line}")
     if dry_run:
         begun = len(note.search["trials"]) if note.search else 0
-        sweeping.say(f"{trials} trials of {seeds} {'run' if seeds == 1 else 'runs'} each, {begun} begun")
+        tell(f"{trials} trials of {seeds} {'run' if seeds == 1 else 'runs'} each, {begun} begun")
         return 0
     with sweeping.held(place):
         note = planned()  # another search may have been here since
         search = Search(place, note, asked, how, trials, range(first.seed, first.seed + seeds), jobs)
         note.write()
-        sweeping.say(f"maximised: {MEANING[settings['by']]}")
+        tell(f"maximised: {MEANING[settings['by']]}")
         received = pool.run(search, pool.places(min(jobs, trials * seeds), how.device))
     search.summarise()
     return sweeping.ended(received, search.progress.failed)
@@ -104,18 +105,16 @@ class Search:
         seeds: Sequence[int],
         jobs: int,
     ) -> None:
-        from sslkit.sweeping import say
-
-        self.folder, self.note, self.how, self.seeds, self._say = folder, note, how, seeds, say
+        self.folder, self.note, self.how, self.seeds, self._say = folder, note, how, seeds, tell
         self.number = max(trials, len(self.trials))
         self.study = spaces.Study(asked, together=jobs > 1)
         for trial in self.trials:
             if "value" in trial:
                 self.study.add(trial["values"], trial["value"])
-        self.progress = Progress(self.number * len(seeds), say)
+        self.progress = Progress(self.number * len(seeds), tell)
         self.progress.over = len(seeds) * sum("value" in trial for trial in self.trials)
         self.progress.failed = sum("problem" in trial for trial in self.trials)
-        self.waiting = Waiting(say)
+        self.waiting = Waiting(tell)
         self.running: dict[str, tuple[int, Job, bool]] = {}
         """By name: the trial, the run, and whether it is being measured."""
         self.put_off: set[str] = set()
@@ -224,23 +223,22 @@ class Search:
     def summarise(self) -> None:
         """The best trials, and how the best is trained again."""
         found = [(trial["value"], n) for n, trial in enumerate(self.trials) if trial.get("value") is not None]
-        for value, number in sorted(found, key=lambda pair: (-pair[0], pair[1]))[:5]:
+        ranked = sorted(found, key=lambda pair: (-pair[0], pair[1]))
+        for value, number in ranked[:5]:
             words = ", ".join(f"{key}={text}" for key, text in self.trials[number]["values"].items())
             self._say(f"  {value:.4f}  trial {number}: {words}")
-        if doubt := self._doubt():
-            self._say(doubt)
-        if found:
-            best = self.trials[max(found, key=lambda pair: (pair[0], -pair[1]))[1]]["values"]
+        if ranked:
+            value, number = ranked[0]
+            if doubt := self._doubt(value, number):
+                self._say(doubt)
             # The best of many runs was lucky, too: a seed that chose nothing tells by how much.
-            settings = plan.settings(self.how.overrides, best, self.seeds[-1] + 1)
+            settings = plan.settings(self.how.overrides, self.trials[number]["values"], self.seeds[-1] + 1)
             again = Job("best", Path(f"{self.folder}-best"), settings, self.how)
             self._say(f"the best, with a seed that chose nothing: sslkit {shlex.join(again.arguments())}")
 
-    def _doubt(self) -> str:
-        """How uncertain the best trial's accuracy is, by the number of its queries; empty for other figures."""
-        kept = [(trial["value"], n) for n, trial in enumerate(self.trials) if trial.get("value") is not None]
-        value, number = max(kept, default=(0.0, None), key=lambda pair: pair[0])
-        told = [] if number is None else [read_json(job.directory / FIGURE) for job in self.jobs(number)]
+    def _doubt(self, value: float, number: int) -> str:
+        """How uncertain a trial's accuracy is, by the number of its queries; empty for other figures."""
+        told = [read_json(job.directory / FIGURE) for job in self.jobs(number)]
         counts = [float(n) for figure in told if (n := figure.get("knn_queries")) is not None and is_number(n)]
         queries = max(counts, default=0.0)
         if queries < 1 or not 0 <= value <= 1:
