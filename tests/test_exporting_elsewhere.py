@@ -352,8 +352,8 @@ def test_a_configuration_that_prepares_otherwise_is_not_kept(
 def test_onnx_needs_its_packages(
     exporting: Callable[..., Export], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    find = graphs.util.find_spec
-    monkeypatch.setattr(graphs.util, "find_spec", lambda name: None if name == "onnxruntime" else find(name))
+    there = graphs.util.find_spec("json")  # as if the other ones were installed, which they need not be
+    monkeypatch.setattr(graphs.util, "find_spec", lambda name: None if name == "onnxruntime" else there)
     with pytest.raises(UserError, match=r"onnx needs onnxruntime, not installed here: pip install 'sslkit\[onnx\]'"):
         exporting("grey", tmp_path / "out", formats=("onnx",))
 

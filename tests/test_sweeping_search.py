@@ -77,6 +77,7 @@ def _optuna() -> None:
 @pytest.fixture
 def faked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, str]]:
     """A search whose runs take no time, and whose figure is the greater the nearer the rate is to 0.1."""
+    pytest.importorskip("optuna")
     monkeypatch.chdir(tmp_path)
     (tmp_path / "tiny.toml").write_text(TINY, encoding="utf-8")
     monkeypatch.setattr(pool, "run", one_after_another)
